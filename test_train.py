@@ -1,0 +1,266 @@
+"""Tests of train.py: the sampler is the trainer, batches are cut in any way, runs are killed and resumed."""
+import json
+import os
+import signal
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+
+import evaluate
+import train
+from test_evaluate import QUESTIONS, tiny, tiny_folder
+from tree import Tree, run_command, write_trees
+
+torch.set_num_threads(1)
+HERE = os.path.dirname(os.path.abspath(train.__file__))
+
+
+def lora(model):
+    """A LoRA policy whose B is not zero, so that the adapter matters."""
+    model = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"))
+    torch.manual_seed(1)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.1)
+    return model
+
+
+def random_samples(tokenizer, groups=3, size=5, seed=0):
+    """Samples as train.rollout makes them, on random prefix trees, some prefixes twice in a group."""
+    rng = np.random.default_rng(seed)
+    ids = lambda low, high: rng.integers(4, len(tokenizer), rng.integers(low, high)).tolist()
+    samples = []
+    for g in range(groups):
+        prefixes = [ids(3, 9)]
+        for _ in range(3):
+            prefixes.append(prefixes[rng.integers(len(prefixes))] + ids(1, 5))
+        for _ in range(size):
+            samples.append(train.Sample(g, 0, prefixes[rng.integers(4)], ids(1, 12), advantage=float(rng.normal())))
+    return samples
+
+
+def gradient(model, samples, **knobs):
+    args = SimpleNamespace(**{**dict(micro_tokens=10 ** 6, no_pack=False, temperature=0.7), **knobs})
+    model.zero_grad()
+    loss, _ = train.accumulate(model, samples, 1 / len(samples), args)
+    return loss, torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_gradient_is_the_same_however_the_batch_is_cut(family):
+    """Padded or packed, in one pass or one sample at a time: the objective does not know. Guards against a denominator
+    taken per micro-batch, masks that leak, position ids that count padding, and duplicates that are merged."""
+    model, tokenizer = tiny(family)
+    model = lora(model.double())
+    samples = random_samples(tokenizer)
+    # the slow obvious version: each sample alone, its log-probs read off a plain causal forward
+    model.zero_grad()
+    reference = 0.0
+    for s in samples:
+        ids = torch.tensor([s.prefix_ids + s.completion_ids])
+        logps = torch.log_softmax(model(ids).logits[0] / 0.7, -1)[len(s.prefix_ids) - 1:-1]
+        loss = -s.advantage * logps.gather(1, torch.tensor(s.completion_ids)[:, None]).sum() / len(samples)
+        loss.backward()
+        reference += loss.item()
+    expected = torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+    assert expected.abs().max() > 1e-3
+    for no_pack in (False, True):
+        for micro_tokens in (1, 20, 50, 120, 10 ** 6):
+            loss, got = gradient(model, samples, no_pack=no_pack, micro_tokens=micro_tokens)
+            assert abs(loss - reference) < 1e-5
+            assert (got - expected).abs().max() < 1e-5, (no_pack, micro_tokens)
+
+
+def test_a_micro_batch_keeps_its_budget_and_packing_saves_tokens():
+    _, tokenizer = tiny()
+    samples = random_samples(tokenizer, groups=4, size=8)
+    for packed in (True, False):
+        for budget in (40, 100, 400):
+            batches = list(train.micro_batches(samples, budget, packed))
+            assert sorted(id(s) for members, _ in batches for s in members) == sorted(map(id, samples))
+            for members, rows in batches:
+                area = len(rows) * max(len(row[0]) for row in rows)
+                assert area <= budget or len(members) == 1
+    tokens = [sum(len(row[0]) for _, rows in train.micro_batches(samples, 10 ** 6, packed) for row in rows) for packed in (True, False)]
+    assert tokens[0] < tokens[1]
+
+
+def test_samples_without_advantage_cost_no_pass():
+    """A dead group has advantage zero everywhere; a forward over it would be work for a gradient of nothing."""
+    model, tokenizer = tiny()
+    samples = random_samples(tokenizer)
+    for s in samples:
+        s.advantage = 0.0
+    model.forward = None  # any pass would raise
+    assert train.accumulate(model, samples, 1.0, SimpleNamespace(micro_tokens=99, no_pack=False, temperature=1.0)) == (0.0, [])
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("eos_is_pad", [False, True])
+def test_sampler_is_trainer(temperature, eos_is_pad):
+    """Log-probs of sampled ids under generate and under the training forward agree: temperature, EOS in the loss, masks from
+    lengths (not from ids != pad), positions, and the adapter are the same on both sides."""
+    model, tokenizer = tiny()
+    if eos_is_pad:
+        tokenizer.pad_token = tokenizer.eos_token
+    model = lora(model)
+    with torch.no_grad():  # EOS likely enough that some completions end and some do not
+        model.get_output_embeddings().weight[tokenizer.eos_token_id] += 0.5 * model.get_output_embeddings().weight.std()
+    prefixes = [s.prefix_ids for s in random_samples(tokenizer, groups=6, size=6)]
+    completions, logps = evaluate.generate(model, tokenizer, prefixes, 12, temperature, return_logps=True)
+    ended = [ids[-1] == tokenizer.eos_token_id for ids in completions]
+    assert any(ended) and not all(ended)
+    samples = [train.Sample(k // 6, 0, prefix, ids, values, advantage=1.0) for k, (prefix, ids, values) in enumerate(zip(prefixes, completions, logps))]
+    for no_pack in (False, True):
+        _, gaps = train.accumulate(model, samples, 1.0, SimpleNamespace(micro_tokens=300, no_pack=no_pack, temperature=temperature))
+        assert len(gaps) == sum(map(len, completions)) and max(gaps) < 1e-4
+
+
+def test_policy_gradient_of_a_two_token_world_is_exact():
+    """One completion token, two prefixes: averaging the update over all outcomes, each with its probability and its
+    advantage r - alpha V, gives the exact gradient of the expected reward, whatever V is (Lemma 3.1)."""
+    model, tokenizer = tiny()
+    model = model.double()
+    prefixes, rewarded = [[5, 6], [5, 6, 7]], [8, 9]  # the token that earns 1 after each prefix
+    args = SimpleNamespace(micro_tokens=10 ** 6, no_pack=False, temperature=1.0)
+    probs = [torch.softmax(model(torch.tensor([p])).logits[0, -1], -1) for p in prefixes]
+    model.zero_grad()
+    (sum(p[r] for p, r in zip(probs, rewarded)) / 2).backward()
+    exact = torch.cat([p.grad.flatten() for p in model.parameters()])
+    for baseline in ([0.0, 0.0], [0.9, -0.4]):
+        model.zero_grad()
+        samples = [train.Sample(g, 0, prefixes[g], [token], advantage=(float(token == rewarded[g]) - baseline[g]) * probs[g][token].item())
+                   for g in (0, 1) for token in range(len(probs[g]))]
+        train.accumulate(model, samples, 1 / 2, args)
+        estimate = -torch.cat([p.grad.flatten() for p in model.parameters()])
+        assert (estimate - exact).abs().max() < 1e-6 < exact.abs().max() / 100  # log-softmax is float32
+
+
+# ---------------------------------------------------------------------------------------------------
+# Whole runs, as processes
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A tiny model whose random guesses are sometimes right, trees of a few questions, and a held-out set."""
+    folder = tmp_path_factory.mktemp("world")
+    tiny_folder(folder / "model")
+    trees = []
+    for k, question in enumerate(QUESTIONS):
+        steps, parent = ["", "1 + 2 = 3", "3 * 2 = 6", "2 + 2 = 4", "The"], [-1, 0, 1, 0, 2]
+        trees.append(Tree(f"q{k}", question, str(k), steps, parent, [4, 2, 1, 2, 1], [2.0, 1.0, 1.0, 1.0, 1.0]))
+    write_trees(trees, str(folder / "trees.jsonl"))
+    with open(folder / "test.jsonl", "w") as out:
+        out.writelines(json.dumps({"id": f"t{k}", "question": q, "answer": str(k)}) + "\n" for k, q in enumerate(QUESTIONS))
+    traces = [{"id": f"q{k}", "question": q, "answer": str(k), "steps": ["1 + 2 = 3", f"The answer is {k}."], "reward": 1} for k, q in enumerate(QUESTIONS)]
+    with open(folder / "traces.jsonl", "w") as out:
+        out.writelines(json.dumps(row) + "\n" for row in traces)
+    # a policy that has learnt to answer with some digit, so that rewards are mixed
+    command(folder, "--objective", "sft", "--lora_rank", "0", "--lr", "1e-2", "--steps", "30", "--batch_size", "8", "--group_size", "1",
+            "--trees", folder / "traces.jsonl", "--out", folder / "policy", "--eval_every", "0", "--save_every", "0")
+    return folder
+
+
+def command(folder, *flags, ranks=1, check=True, background=False, model="model"):
+    launch = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", "29512"]
+    flags = [str(flag) for flag in (["--model", folder / model] + list(flags))]
+    process = subprocess.Popen(launch + [os.path.join(HERE, "train.py"), *flags], cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                               env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
+    if background:
+        return process
+    output, _ = process.communicate(timeout=170)
+    assert not check or process.returncode == 0, output
+    return output
+
+
+def tree_opo(folder, out, *flags, **how):
+    base = ["--trees", folder / "trees.jsonl", "--eval_data", folder / "test.jsonl", "--out", folder / out, "--max_new_tokens", "12", "--eval_new_tokens", "12",
+            "--group_size", "4", "--batch_size", "8", "--lr", "3e-3", "--save_every", "3", "--rollouts_every", "1"]
+    return command(folder, *base, *flags, model="policy", **how)
+
+
+def adapter(folder):
+    from safetensors.torch import load_file
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def log(folder):
+    with open(folder / "log.jsonl") as lines:
+        return [json.loads(line) for line in lines]
+
+
+def test_killed_and_resumed_is_uninterrupted(world):
+    """kill -9 in the middle, then --resume: the same weights bit for bit, each step once in the log, and the figures of the
+    redone steps are those of the uninterrupted run. Guards against resumes that repeat or skip a batch or lose Adam's moments."""
+    tree_opo(world, "whole", "--steps", "20", "--eval_every", "0")
+    process = tree_opo(world, "cut", "--steps", "20", "--eval_every", "0", background=True)
+    for line in process.stdout:
+        if line.startswith(f"step {np.random.default_rng().integers(5, 18)}/") or line.startswith("step 18/"):
+            process.send_signal(signal.SIGKILL)
+            break
+    process.communicate()
+    tree_opo(world, "cut", "--steps", "20", "--eval_every", "0", "--resume")
+    whole, cut = adapter(world / "whole"), adapter(world / "cut")
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+    assert max(value.abs().max() for name, value in whole.items() if "lora_B" in name) > 0
+    timeless = lambda rows: [{key: value for key, value in row.items() if not key.startswith(("seconds", "tokens_per", "peak"))} for row in rows]
+    assert timeless(log(world / "whole")) == timeless(log(world / "cut"))
+    assert any(row["dead"] < 1 for row in log(world / "whole"))
+
+
+def test_two_ranks_do_what_one_does(world):
+    """The batch, its rewards, the loss and the gradient of two gloo ranks are those of one process."""
+    tree_opo(world, "one", "--steps", "4", "--eval_every", "4")
+    tree_opo(world, "two", "--steps", "4", "--eval_every", "4", ranks=2)
+    for a, b in zip(log(world / "one"), log(world / "two"), strict=True):
+        assert (a["reward"], a["dead"], a["tokens"]) == (b["reward"], b["dead"], b["tokens"])
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5) and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3, abs=1e-6)
+    one, two = adapter(world / "one"), adapter(world / "two")
+    assert all(torch.allclose(one[name], two[name], atol=1e-4) for name in one)
+    assert len(open(world / "two" / "eval-4.jsonl").readlines()) == len(QUESTIONS)
+
+
+def test_adapter_loads_both_ways_and_every_baseline_runs(world):
+    """The run folder is a PEFT adapter for evaluate.load and for PeftModel alike, with equal logits; and each --baseline and
+    --group goes through the loop."""
+    import advantage
+    for k, baseline in enumerate(sorted(advantage.ESTIMATORS)):
+        args = train.parse_args(["--model", str(world / "policy"), "--trees", str(world / "trees.jsonl"), "--eval_every", "0", "--steps", "1",
+                                 "--group_size", "4", "--batch_size", "8", "--max_new_tokens", "12", "--baseline", baseline,
+                                 "--group", ("tree", "trace", "question")[k % 3], "--out", str(world / baseline), "--rollouts_every", "1"])
+        train.train(args)
+        [row] = log(world / baseline)
+        rollouts = [json.loads(line) for line in open(world / baseline / "rollouts.jsonl")]
+        assert len(rollouts) == 8 and row["reward"] == np.mean([r["reward"] for r in rollouts])
+    ours, _ = evaluate.load(str(world / "policy"), str(world / baseline))
+    plain, _ = evaluate.load(str(world / "policy"))
+    theirs = PeftModel.from_pretrained(plain, str(world / baseline))
+    ids = torch.tensor([[5, 6, 7, 8]])
+    assert torch.equal(ours(ids).logits, theirs(ids).logits)
+
+
+def test_a_second_run_moves_the_first_aside(world):
+    """Nothing is lost: the same command twice leaves two run folders."""
+    for _ in range(2):
+        output = tree_opo(world, "again", "--steps", "1", "--eval_every", "0")
+    assert "moved the earlier run" in output and (world / "again.1" / "adapter_model.safetensors").exists()
+
+
+MISTAKES = [
+    (["--trees", "nowhere.jsonl"], "there is no file nowhere.jsonl"), (["--lr", "-1"], "--lr"), (["--batch_size", "9"], "--batch_size"),
+    (["--alpha", "2"], "--alpha"), (["--model", "./nothing"], "no folder"), (["--resume", "--out", "empty"], "no checkpoint"),
+    (["--no_such_flag"], "unrecognized"), (["--baseline", "magic"], "invalid choice"), (["--max_prompt", "1"], "--max_prompt")]
+
+
+@pytest.mark.parametrize("flags, says", MISTAKES)
+def test_a_mistake_is_one_sentence_and_status_2(world, flags, says, monkeypatch, capsys):
+    monkeypatch.chdir(world)
+    base = ["--model", "policy", "--trees", "trees.jsonl", "--eval_every", "0", "--steps", "1", "--out", "wrong"]
+    with pytest.raises(SystemExit) as stop:
+        run_command(lambda: train.train(train.parse_args(base + flags)))
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and says in said and "Traceback" not in said
