@@ -86,6 +86,10 @@ def load(model, adapter=None, device="cpu", dtype=None, trainable=False, trust_r
     if len(tokenizer) > policy.get_input_embeddings().num_embeddings:
         raise InputError(f"the tokenizer of {model} has {len(tokenizer)} tokens, its model embeds only "
                          f"{policy.get_input_embeddings().num_embeddings}. Expected a matching pair.")
+    if device.type == "cpu" and policy.num_parameters() < 2e7 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)  # a second thread gains nothing on so small a model, and waits forever where the cores are shared
+    policy.to(device).eval()
+    check_tree_masks(policy)
     if adapter:
         if not os.path.isfile(os.path.join(adapter, "adapter_config.json")):
             raise InputError(f"there is no adapter_config.json in {adapter}. Expected a folder that train.py wrote.")
@@ -137,22 +141,56 @@ def eos_ids(model, tokenizer):
     return sorted({tokenizer.eos_token_id, *(token for token in configured if token is not None)})
 
 
-def shared_rows(prompts):
+def takes_tree_masks(model):
+    """Whether a packed row gives this model the log-probs of its plain sequences, as `check_tree_masks` found when it was loaded."""
+    return getattr(model, "tree_masks", True)
+
+
+@torch.no_grad()
+def check_tree_masks(model):
+    """Compare one small packed group with its sequences alone. Sliding-window layers, and attention that ignores a mask given
+    to it, cannot be packed: then one line says so, and every sequence gets its own padded row, in sampling and in training."""
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or []) - {"full_attention"} or ({"sliding_attention"} if getattr(config, "sliding_window", None) else set())
+    sequences = np.random.default_rng(0).integers(0, config.vocab_size, (3, 8))
+    sequences[:, :5] = sequences[0, :5]
+    packed = pack(sequences.tolist())
+    ids, position, mask = pad_rows([packed], model)
+    alone = model(torch.from_numpy(sequences).to(model.device)).logits  # (3, 8, V)
+    together = model(ids, attention_mask=mask, position_ids=position).logits[0, np.stack(packed[3])]
+    gap = (torch.log_softmax(alone.float(), -1) - torch.log_softmax(together.float(), -1)).abs().mean().item()
+    model.tree_masks = not kinds and gap < (0.01 if model.dtype == torch.float32 else 0.2)
+    if not model.tree_masks:
+        print(f"this model takes no tree masks ({', '.join(kinds) or f'log-probs differ by {gap:.2g}'}): prefixes are not shared, rows are padded")
+
+
+def row_tokens(model):
+    """How long a packed row may be: where attention, quadratic in the row, costs half of the products with the weights,
+    4 L d a layer against 2 a weight. 0 where the model takes no tree masks, and rows are not shared at all."""
+    config = model.config.get_text_config()
+    weights = sum(p.numel() for p in model.parameters())
+    return weights // (4 * config.hidden_size * config.num_hidden_layers) if takes_tree_masks(model) else 0
+
+
+def shared_rows(prompts, share=True):
     """Put prompts that share at least half of their tokens into one row: lists of indices, the longest prompts first."""
     rows = []
     for k in sorted(range(len(prompts)), key=prompts.__getitem__):
         if rows:
             before = prompts[rows[-1][-1]]
             common = next((t for t, (a, b) in enumerate(zip(before, prompts[k])) if a != b), min(len(before), len(prompts[k])))
-        if rows and 2 * common >= len(prompts[k]):
+        if rows and share and 2 * common >= len(prompts[k]):
             rows[-1].append(k)
         else:
             rows.append([k])
     return sorted(rows, key=lambda row: -max(len(prompts[k]) for k in row))
 
 
-def pad_rows(packed, device):
-    """Packed rows as one batch: ids (B, L), position (B, L), mask (B, 1, L, L), on `device`."""
+def pad_rows(packed, model):
+    """Packed rows as one batch on the model's device: ids (B, L), position (B, L), mask (B, 1, L, L).
+
+    For a model that takes no tree masks the rows are plain sequences, and the mask (B, L) tells them from padding.
+    """
     length = max(len(ids) for ids, _, _, _ in packed)
     ids, position = np.zeros((2, len(packed), length), int)
     mask = np.zeros((len(packed), 1, length, length), bool)
@@ -160,7 +198,9 @@ def pad_rows(packed, device):
     for row, (row_ids, row_position, row_mask, _) in enumerate(packed):
         ids[row, :len(row_ids)], position[row, :len(row_ids)] = row_ids, row_position
         mask[row, 0, :len(row_ids), :len(row_ids)] = row_mask
-    return tuple(torch.from_numpy(array).to(device) for array in (ids, position, mask))
+    if not takes_tree_masks(model):
+        mask = np.arange(length) < np.array([[len(row_ids)] for row_ids, _, _, _ in packed])
+    return tuple(torch.from_numpy(array).to(model.device) for array in (ids, position, mask))
 
 
 def prefill(model, prompts, rows):
@@ -170,8 +210,9 @@ def prefill(model, prompts, rows):
     Returns the cache (N, heads, T, head_dim a layer), padded on the left, and its mask (N, T).
     """
     packed = [pack([prompts[k] for k in row]) for row in rows]
-    ids, position, mask = pad_rows(packed, model.device)
-    shared = model(ids, attention_mask=mask, position_ids=position, use_cache=True, logits_to_keep=1).past_key_values
+    ids, position, mask = pad_rows(packed, model)
+    shared = DynamicCache()  # a plain one: those that a model makes for its windows forget
+    model(ids, attention_mask=mask, position_ids=position, past_key_values=shared, use_cache=True, logits_to_keep=1)
     paths = [path for _, _, _, row_paths in packed for path in row_paths]
     place = np.zeros((len(paths), max(map(len, paths))), int)  # (N, T) where each token of each prompt stands in its row
     real = np.zeros(place.shape, bool)
@@ -238,7 +279,7 @@ def generate(model, tokenizer, prompts, max_new_tokens, temperature=1.0, seeds=N
     training = model.training
     model.eval()
     batch, batches = [], []
-    for row in shared_rows(prompts):
+    for row in shared_rows(prompts, takes_tree_masks(model)):
         for piece in (row[start:start + batch_size] for start in range(0, len(row), batch_size)):
             if sum(map(len, batch)) + len(piece) > batch_size:
                 batches.append(batch)
@@ -264,7 +305,8 @@ def decode_batch(model, tokenizer, prompts, rows, uniform, stop, temperature):
         cache, real = prefill(model, [prompt[:-1] for prompt in prompts], rows)
     else:
         cache, real = DynamicCache(), torch.ones(count, 0, dtype=torch.bool, device=device)
-    mask = torch.cat([real, real.new_ones(count, steps)], dim=1)[:, None, None]  # (N, 1, 1, T + steps)
+    mask = torch.cat([real, real.new_ones(count, steps)], dim=1)  # (N, T + steps)
+    mask = mask[:, None, None] if takes_tree_masks(model) else mask
     uniform, stop = torch.from_numpy(uniform).to(device), torch.tensor(stop, device=device)
     is_eos = torch.isin(torch.arange(model.config.vocab_size, device=device), torch.tensor(eos_ids(model, tokenizer), device=device))
     blank, opens, closes, space = token_kinds(tokenizer, model.config.vocab_size).to(device).T if stop.any() else (None,) * 4

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import (LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast, Qwen2Config,
+                          Qwen2ForCausalLM)
 
 import evaluate
 from evaluate import extract_answer, is_correct
@@ -104,6 +105,32 @@ def test_every_distinct_prompt_token_is_computed_once():
     evaluate.generate(model, tokenizer, [prompt] * 5, 3)
     handle.remove()
     assert seen[0] == len(prompt) - 1 and max(seen[1:]) <= 5
+
+
+def test_a_model_with_sliding_windows_is_found_out_and_still_right(tmp_path, capsys):
+    """Sequences longer than the window: packed rows would see too much. Padding is used, said in one line, and agrees with transformers."""
+    torch.manual_seed(0)
+    tokenizer = tiny_tokenizer()
+    model = MistralForCausalLM(MistralConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                                             num_key_value_heads=2, sliding_window=6, initializer_range=0.3, bos_token_id=2, eos_token_id=3, pad_token_id=1))
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model, tokenizer = evaluate.load(str(tmp_path))
+    assert "takes no tree masks (sliding_attention)" in capsys.readouterr().out and not evaluate.takes_tree_masks(model)
+    prompts = prompts_of(tokenizer)
+    for prompt, ids in zip(prompts, evaluate.generate(model, tokenizer, prompts, 15, 0)):
+        alone = model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long), do_sample=False, max_new_tokens=15)
+        assert ids == alone[0, len(prompt):].tolist()
+
+
+def test_attention_that_ignores_the_mask_is_found_out(capsys):
+    model, _ = tiny()
+    evaluate.check_tree_masks(model)
+    assert evaluate.takes_tree_masks(model) and not capsys.readouterr().out
+    forward = model.forward
+    model.forward = lambda *args, attention_mask=None, **how: forward(*args, **how)
+    evaluate.check_tree_masks(model)
+    assert not evaluate.takes_tree_masks(model) and "log-probs differ by" in capsys.readouterr().out
 
 
 def test_eos_is_kept_and_nothing_follows_it():

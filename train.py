@@ -186,20 +186,20 @@ def sft_batch(traces, step, args, rank=0, world=1):
 # ---------------------------------------------------------------------------------------------------
 # Update
 
-def micro_batches(samples, micro_tokens, packed=True):
+def micro_batches(samples, micro_tokens, row_tokens=0):
     """Split samples into forward passes of at most `micro_tokens` tokens, padding included, where one sample allows it.
 
-    packed    a group shares one row, halved until it fits; otherwise every sample has its own row
+    row_tokens    a group shares one packed row, halved until it has no more tokens than this; 0: every sample has its own row
     Yields (members, rows): the samples in the order of the rows' paths, and the packed rows themselves.
     """
     groups = {}
     for k, sample in enumerate(samples):
-        groups.setdefault(sample.group if packed else k, []).append(sample)
+        groups.setdefault(sample.group if row_tokens else k, []).append(sample)
     queue, rows = list(groups.values()), []
     while queue:
         members = queue.pop()
         row = pack([s.prefix_ids for s in members], [s.completion_ids for s in members])
-        if len(row[0]) > micro_tokens and len(members) > 1:
+        if len(row[0]) > min(micro_tokens, row_tokens) and len(members) > 1:
             queue += [members[len(members) // 2:], members[:len(members) // 2]]
         else:
             rows.append((members, row))
@@ -216,7 +216,7 @@ def completion_logps(model, members, rows, temperature):
     The one place where log-probs meet ids: the id at place t of a sequence is predicted at place t - 1.
     Logits are computed at those places alone, and their log-softmax in float32.
     """
-    ids, position, mask = evaluate.pad_rows(rows, model.device)  # (B, L), (B, L), (B, 1, L, L)
+    ids, position, mask = evaluate.pad_rows(rows, model)  # (B, L), (B, L), (B, 1, L, L)
     paths = [(r, path) for r, row in enumerate(rows) for path in row[3]]
     row, place, target, sample = [], [], [], []
     for k, (member, (r, path)) in enumerate(zip(members, paths)):
@@ -241,7 +241,7 @@ def accumulate(model, samples, scale, args):
     """
     loss, gaps = 0.0, []
     samples = [s for s in samples if s.advantage != 0]
-    for members, rows in micro_batches(samples, args.micro_tokens, not args.no_pack):
+    for members, rows in micro_batches(samples, args.micro_tokens, 0 if args.no_pack else evaluate.row_tokens(model)):
         logps, sample = completion_logps(model, members, rows, args.temperature)
         advantages = torch.tensor([s.advantage for s in members], device=logps.device)[sample]
         micro_loss = -scale * (advantages * logps).sum()
