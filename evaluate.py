@@ -33,6 +33,7 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers.cache_utils import DynamicLayer
 from transformers.utils import logging
 
 from tree import (BLANK_LINE, JOIN, InputError, drop_torn_line, pack, read_jsonl, read_problems, run_command, shorten, take)
@@ -70,7 +71,7 @@ def load(model, adapter=None, device="cpu", dtype=None, trainable=False, trust_r
     """
     device = torch.device(device)
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-    if not os.path.isdir(model) and (os.path.isabs(model) or model.startswith(".") or model.count("/") != 1):
+    if not os.path.isdir(model) and (os.path.isabs(model) or model.startswith(".") or model.count("/") > 1):
         raise InputError(f"there is no folder {model}, and it is no hub name either. Expected a folder that "
                          "save_pretrained wrote, or a name such as Qwen/Qwen2.5-1.5B-Instruct.")
     try:
@@ -203,6 +204,35 @@ def pad_rows(packed, model):
     return tuple(torch.from_numpy(array).to(model.device) for array in (ids, position, mask))
 
 
+class RoomyLayer(DynamicLayer):
+    """Keys and values with room for what is to come: transformers' own layer copies all of them for every new token."""
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        old = self.get_seq_length()
+        new = old + key_states.shape[2]
+        if old == 0 or new > self.room[0].shape[2]:
+            grown = [states.new_empty(*states.shape[:2], new + 64, states.shape[3]) for states in (key_states, value_states)]
+            for larger, kept in zip(grown, (self.keys, self.values) if old else ()):
+                larger[:, :, :old] = kept
+            self.room, self.is_initialized = grown, True
+        self.room[0][:, :, old:new], self.room[1][:, :, old:new] = key_states, value_states
+        return self.show(new)
+
+    def show(self, length):
+        self.keys, self.values = (states[:, :, :length] for states in self.room)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices):
+        length, self.room = self.get_seq_length(), [states[indices] for states in self.room]
+        self.show(length)
+
+
+def empty_cache(model):
+    cache = DynamicCache()
+    cache.layers = [RoomyLayer() for _ in range(model.config.get_text_config().num_hidden_layers)]
+    return cache
+
+
 def prefill(model, prompts, rows):
     """Compute each distinct token of the prompts once, and hand every prompt its own copy of the keys and values.
 
@@ -220,9 +250,9 @@ def prefill(model, prompts, rows):
         place[k, place.shape[1] - len(path):], real[k, place.shape[1] - len(path):] = path, True
     place, real = torch.from_numpy(place).to(model.device), torch.from_numpy(real).to(model.device)
     row = torch.tensor([r for r, members in enumerate(rows) for _ in members], device=model.device)[:, None]
-    cache = DynamicCache()
-    for number, layer in enumerate(shared.layers):
-        cache.update(layer.keys[row, :, place].transpose(1, 2), layer.values[row, :, place].transpose(1, 2), number)
+    cache = empty_cache(model)
+    for own, layer in zip(cache.layers, shared.layers):
+        own.update(layer.keys[row, :, place].transpose(1, 2), layer.values[row, :, place].transpose(1, 2))
     return cache, real
 
 
@@ -304,7 +334,7 @@ def decode_batch(model, tokenizer, prompts, rows, uniform, stop, temperature):
     if position.max() > 0:
         cache, real = prefill(model, [prompt[:-1] for prompt in prompts], rows)
     else:
-        cache, real = DynamicCache(), torch.ones(count, 0, dtype=torch.bool, device=device)
+        cache, real = empty_cache(model), torch.ones(count, 0, dtype=torch.bool, device=device)
     mask = torch.cat([real, real.new_ones(count, steps)], dim=1)  # (N, T + steps)
     mask = mask[:, None, None] if takes_tree_masks(model) else mask
     uniform, stop = torch.from_numpy(uniform).to(device), torch.tensor(stop, device=device)
@@ -312,7 +342,8 @@ def decode_batch(model, tokenizer, prompts, rows, uniform, stop, temperature):
     blank, opens, closes, space = token_kinds(tokenizer, model.config.vocab_size).to(device).T if stop.any() else (None,) * 4
     ids, logps = torch.zeros(count, steps, dtype=torch.long, device=device), torch.zeros(count, steps, device=device)
     lengths = torch.full((count,), steps, device=device)
-    live, written = torch.arange(count, device=device), torch.zeros(count, dtype=torch.bool, device=device)
+    live = torch.arange(count, device=device)
+    written, over = torch.zeros(2, count, dtype=torch.bool, device=device)
     for t in range(steps):
         logits = model(last[:, None], attention_mask=mask[..., :real.shape[1] + t + 1], position_ids=position[:, None],
                        past_key_values=cache, use_cache=True).logits[:, -1]
@@ -322,14 +353,14 @@ def decode_batch(model, tokenizer, prompts, rows, uniform, stop, temperature):
         if blank is not None:  # a blank line may also be split over two tokens
             written = written | ~space[token]
             done = done | stop[live] & written & (blank[token] | closes[last] & opens[token])
-        lengths[live[done]] = t + 1
-        last, position = token, position + 1
-        if done.any():
-            keep = (~done).nonzero()[:, 0]
+        lengths[live[done & ~over]] = t + 1
+        last, position, over = token, position + 1, over | done
+        if over.sum() * 8 >= len(live):  # an eighth of the rows are over: worth copying the others
+            keep = (~over).nonzero()[:, 0]
             if not len(keep):
                 break
             cache.batch_select_indices(keep)
-            live, last, position, mask, written = live[keep], last[keep], position[keep], mask[keep], written[keep]
+            live, last, position, mask, written, over = (x[keep] for x in (live, last, position, mask, written, over))
     ids, logps = ids.tolist(), logps.tolist()
     return [row[:n] for row, n in zip(ids, lengths.tolist())], [row[:n] for row, n in zip(logps, lengths.tolist())]
 
