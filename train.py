@@ -39,7 +39,7 @@ PRESETS = {
     "arithmetic": dict(  # the embedded default
         model="data/arithmetic/student", trees="data/arithmetic/trees.jsonl", eval_data="data/arithmetic/test.jsonl",
         alpha=0.5, group_size=8, batch_size=32, temperature=1.0, max_prompt=256, max_new_tokens=96, eval_new_tokens=96,
-        lora_rank=16, lora_alpha=64, lora_dropout=0.0, lr=1e-3, steps=120, eval_every=40, save_every=20),
+        lora_rank=16, lora_alpha=64, lora_dropout=0.0, lr=3e-4, steps=120, eval_every=40, save_every=20),
     "paper": dict(  # Table 3; steps: two passes over GSM8K's 7,473 training problems, four a batch
         model="Qwen/Qwen2.5-1.5B-Instruct", trees="out/gsm8k_trees.jsonl", eval_data="data/gsm8k/test.jsonl",
         alpha=0.5, group_size=8, batch_size=32, temperature=1.0, max_prompt=512, max_new_tokens=256, eval_new_tokens=512,
