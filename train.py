@@ -48,6 +48,7 @@ PRESETS = {
 
 
 def parse_args(argv=None):
+    """The knobs: a preset, and the flags that override it. Raises InputError where they make no sense together."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", choices=PRESETS, default="arithmetic", help="defaults of the flags below; paper is its Table 3")
     preset = PRESETS[first.parse_known_args(argv)[0].preset]
@@ -116,6 +117,13 @@ class Sample:
     advantage: float = 1.0
 
 
+def shuffled(place, count, seed):
+    """Which of `count` items comes at `place` in endless passes over them, each pass in an order of its own."""
+    epoch, place = divmod(place, count)
+    # numpy takes a seed that ends in zeros for the shorter one: this one ends in 1, for it shall be nobody else's
+    return np.random.default_rng((seed, epoch, 0, 0, 1)).permutation(count)[place]
+
+
 def rollout(model, tokenizer, trees, step, args, rank=0, world=1):
     """This rank's groups of one step, completed, graded, and compared.
 
@@ -125,13 +133,12 @@ def rollout(model, tokenizer, trees, step, args, rank=0, world=1):
     """
     samples, drawn = [], []
     for g in range(rank, args.batch_size // args.group_size, world):
-        epoch, place = divmod(step * (args.batch_size // args.group_size) + g, len(trees))
-        tree = trees[np.random.default_rng((args.seed, epoch)).permutation(len(trees))[place]]
+        tree = trees[shuffled(step * (args.batch_size // args.group_size) + g, len(trees), args.seed)]
         rng = np.random.default_rng((args.seed, step, g))
         nodes = sample_group(tree, args.group_size, args.group, rng, root=not args.no_root)
         drawn.append((g, tree, nodes))
         samples += [Sample(g, int(node), tree.prefix_ids(node), []) for node in nodes]
-    # from 1 on, since numpy takes the seed (a, b, c, 0) for (a, b, c), which drew the group
+    # from 1 on, for the same reason: (seed, step, group, 0) is (seed, step, group), which drew the prefixes
     seeds = [(args.seed, step, sample.group, k % args.group_size + 1) for k, sample in enumerate(samples)]
     completions, logps = evaluate.generate(model, tokenizer, [s.prefix_ids for s in samples], args.max_new_tokens,
                                            args.temperature, seeds, return_logps=True)
@@ -177,8 +184,7 @@ def sft_batch(traces, step, args, rank=0, world=1):
     """This rank's traces of one step as samples of advantage 1: the policy gradient is then that of cross entropy."""
     samples = []
     for k in range(rank, args.batch_size, world):
-        epoch, place = divmod(step * args.batch_size + k, len(traces))
-        prompt, completion = traces[np.random.default_rng((args.seed, epoch)).permutation(len(traces))[place]]
+        prompt, completion = traces[shuffled(step * args.batch_size + k, len(traces), args.seed)]
         samples.append(Sample(k, 0, prompt, completion))
     return samples
 
@@ -438,6 +444,7 @@ def finish(args, minutes, evaluated):
 
 
 def train(args):
+    """The run: set up, then for every step roll out, update, report, and now and then save and evaluate."""
     rank, world, device = evaluate.distributed()
     # 1. data, student, optimiser, and where an earlier run stopped
     model, tokenizer, data, problems = set_up(args, device)

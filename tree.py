@@ -215,9 +215,8 @@ def build(rows):
 def merge(trees, index, name, question, answer, nodes):
     """Merge one search, trace or tree (as parse_prefixes gives it) into `trees`, a dict by problem.
 
-    Equal prefixes become one node, found in `index` by (problem, parent node, step), that sums visits and value. Terminal
-    nodes, answer-bearing prefixes and whatever stands below them are left out.
-    Raises InputError, and changes nothing, where the id is known with another question or answer.
+    Equal prefixes become one node, found in `index` by (problem, parent node, step), that sums visits and value. Terminal nodes,
+    answer-bearing prefixes and what stands below them are left out. InputError, and no change, where the id stands for another problem.
     """
     tree = trees.setdefault(name, Tree(name, question, answer))
     if (tree.question, tree.answer) != (question, answer):
@@ -231,10 +230,8 @@ def merge(trees, index, name, question, answer, nodes):
             continue
         node = index.setdefault((name, above, step), len(tree.steps)) if k else 0
         if node == len(tree.steps):
-            tree.steps.append(step)
-            tree.parent.append(above)
-            tree.visits.append(0)
-            tree.value.append(0.0)
+            for column, first in ((tree.steps, step), (tree.parent, above), (tree.visits, 0), (tree.value, 0.0)):
+                column.append(first)
         tree.visits[node] += visits
         tree.value[node] += value
         place.append(node)
@@ -288,15 +285,13 @@ def sample_group(tree, size, group, rng, root=True):
     root    whether the bare question is among the prefixes of "tree" and "trace"
     Returns (size,) node numbers. Repeats appear only where there are fewer prefixes than `size`.
     """
+    if group not in ("question", "trace", "tree"):
+        raise ValueError(f"group is {group!r}; expected question, trace or tree")
     if group == "question":
         return np.zeros(size, int)
+    nodes = np.arange(len(tree.parent))
     if group == "trace":
-        leaves = sorted(set(range(len(tree.parent))) - set(tree.parent))
-        nodes = np.array(tree.path(rng.choice(leaves)))
-    elif group == "tree":
-        nodes = np.arange(len(tree.parent))
-    else:
-        raise ValueError(f"group is {group!r}; expected question, trace or tree")
+        nodes = np.array(tree.path(rng.choice(np.setdiff1d(nodes, tree.parent))))  # down to a leaf
     if not root and len(nodes) > 1:
         nodes = nodes[1:]
     return rng.choice(nodes, size, replace=len(nodes) < size)
