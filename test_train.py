@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 import evaluate
 import train
 from test_evaluate import QUESTIONS, tiny, tiny_folder
-from tree import Tree, run_command, write_trees
+from tree import InputError, Tree, run_command, write_trees
 
 torch.set_num_threads(1)
 HERE = os.path.dirname(os.path.abspath(train.__file__))
@@ -250,6 +250,16 @@ def test_a_second_run_moves_the_first_aside(world, capsys):
         train.train(train.parse_args(["--model", str(world / "policy"), "--trees", str(world / "trees.jsonl"), "--eval_every", "0",
                                       "--steps", "1", "--out", str(world / "again")]))
     assert "moved the earlier run" in capsys.readouterr().out and (world / "again.1" / "adapter_model.safetensors").exists()
+
+
+def test_resuming_with_other_settings_names_them(world):
+    """A run folder that two configurations share, and resume from each other."""
+    flags = ["--model", str(world / "policy"), "--trees", str(world / "trees.jsonl"), "--eval_every", "0", "--out", str(world / "settings"), "--steps"]
+    train.train(train.parse_args([*flags, "1"]))
+    with pytest.raises(InputError, match="--steps was 1 and is 2, --lr was 0.0003 and is 0.5"):
+        train.train(train.parse_args([*flags, "2", "--resume", "--lr", "0.5"]))
+    train.train(train.parse_args([*flags, "2", "--resume", "--lr", "0.5", "--force"]))
+    assert [row["step"] for row in log(world / "settings")] == [0, 1]
 
 
 MISTAKES = [

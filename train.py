@@ -47,6 +47,10 @@ PRESETS = {
 }
 
 
+# what a resumed run may change without being another run
+MAY_DIFFER = "out resume force skip_bad eval_data eval_limit eval_every eval_new_tokens save_every rollouts_every micro_tokens no_pack".split()
+
+
 def parse_args(argv=None):
     """The knobs: a preset, and the flags that override it. Raises InputError where they make no sense together."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -68,6 +72,7 @@ def parse_args(argv=None):
     data.add_argument("--skip_bad", action="store_true", help="name and skip bad lines instead of stopping")
     data.add_argument("--out", help="run folder; default out/PRESET-GROUP-BASELINE-SEED")
     data.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    data.add_argument("--force", action="store_true", help="resume although other flags differ from the checkpoint's")
     method = parser.add_argument_group("method")
     method.add_argument("--objective", choices=("tree_opo", "sft"), default="tree_opo", help="sft: cross entropy on the steps of traces")
     method.add_argument("--group", choices=("question", "trace", "tree"), default="tree", help="how a group's prefixes are drawn")
@@ -316,6 +321,10 @@ def restore(model, optimizer, names, args):
     if not os.path.exists(path):
         raise InputError(f"there is no checkpoint in {args.out}. Expected one that --save_every wrote; without --resume a run starts anew.")
     with safe_open(path, "pt", device=str(model.device)) as state:
+        saved = json.loads(state.metadata()["args"])
+        differ = [f"--{key} was {saved.get(key)} and is {value}" for key, value in vars(args).items() if key not in MAY_DIFFER and saved.get(key) != value]
+        if differ and not args.force:
+            raise InputError(f"the checkpoint in {args.out} is of other settings: {', '.join(differ)}. Expected the same; --force goes on all the same.")
         for name, p in names.items():
             with torch.no_grad():
                 p.copy_(state.get_tensor(f"weight/{name}"))
