@@ -405,6 +405,16 @@ def mean(values):
     return float(np.mean(values)) if values else float("nan")
 
 
+def peak_memory():
+    """MiB at most in use so far: by CUDA's allocator, else by the process (of which getrusage would tell its parent's, too)."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2 ** 20
+    if os.path.exists("/proc/self/status"):
+        with open("/proc/self/status") as status:
+            return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20  # bytes on macOS
+
+
 def report(step, parts, clock, tokens, args):
     """The figures of one step over all ranks, as README defines them: one object of log.jsonl.
 
@@ -418,9 +428,8 @@ def report(step, parts, clock, tokens, args):
                 ("reward", "dead", "sat_pair", "sat_triplet", "dropped", "adv_var", "adv_var_scaled", "fallback")}
         row |= dict(truncated=mean([s.truncated for s in samples]), entropy=-mean([x for s in samples for x in s.sampler_logps]),
                     gap=mean(gaps), gap_max=max(gaps, default=float("nan")))
-    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return row | dict(tokens_per_s=sum(lengths) / (clock[2] - clock[0]), seconds_rollout=clock[1] - clock[0],
-                      seconds_update=clock[2] - clock[1], peak_memory_mb=peak / 2 ** 20)
+                      seconds_update=clock[2] - clock[1], peak_memory_mb=peak_memory())
 
 
 def write_logs(logs, row, samples, tokenizer, args):

@@ -15,7 +15,6 @@ seconds pair by pair, as median [min, max]. Completions have fixed lengths, so t
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -169,7 +168,7 @@ def only(args):
             "ours": lambda: evaluate.generate(model, tokenizer, prompts, args.new_tokens)}[args.only]
     for _ in range(3):
         work()
-    print((torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 2 ** 20)
+    print(train.peak_memory())
 
 
 def main():
