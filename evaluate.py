@@ -274,23 +274,28 @@ def pick(logits, temperature, uniform):
 
 @contextmanager
 def merged(model):
-    """Decode with the adapter folded into the weights, a third faster than beside them. The weights come back bit for bit.
-    In bf16 folding would round, and the sampler would be another policy than the trainer: there it is left out."""
-    folds = isinstance(model, PeftModel) and model.dtype == torch.float32
-    weights = [layer.get_base_layer().weight for layer in model.modules() if isinstance(layer, BaseTunerLayer)] if folds else []
-    kept = [weight.detach().clone() for weight in weights]
-    if folds:
-        model.merge_adapter()
+    """The plain model with the adapter folded into its weights and PEFT's layers out of the way, to decode with: a third faster
+    than with the adapter beside them. Afterwards layers and weights are back, bit for bit.
+    In bf16 folding would round, and the sampler would be another policy than the trainer: there the model is left as it is."""
+    if not isinstance(model, PeftModel) or model.dtype != torch.float32:
+        yield model
+        return
+    layers = [(parent, name, layer) for parent in model.modules() for name, layer in parent.named_children() if isinstance(layer, BaseTunerLayer)]
+    kept = [layer.get_base_layer().weight.detach().clone() for _, _, layer in layers]
+    model.merge_adapter()
     try:
-        yield
+        for parent, name, layer in layers:
+            setattr(parent, name, layer.get_base_layer())
+        yield model.get_base_model()
     finally:
-        if folds:
-            model.unmerge_adapter()
-        for weight, before in zip(weights, kept):
-            weight.data.copy_(before)
+        for parent, name, layer in layers:
+            setattr(parent, name, layer)
+        model.unmerge_adapter()
+        for (_, _, layer), weight in zip(layers, kept):
+            layer.get_base_layer().weight.data.copy_(weight)
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def generate(model, tokenizer, prompts, max_new_tokens, temperature=1.0, seeds=None, stop_at_blank=False,
              batch_size=256, return_logps=False):
     """Complete prompts. Lists of ids in, lists of ids out, exactly as sampled, EOS kept where it was reached.
@@ -315,11 +320,11 @@ def generate(model, tokenizer, prompts, max_new_tokens, temperature=1.0, seeds=N
                 batches.append(batch)
                 batch = []
             batch.append(piece)
-    with merged(model):
+    with merged(model) as plain:
         for rows in batches + [batch] * bool(batch):
             members = [k for row in rows for k in row]
             uniform = np.stack([np.random.default_rng(seeds[k]).random(max_new_tokens) for k in members])
-            for k, ids, values in zip(members, *decode_batch(model, tokenizer, prompts, rows, uniform, stop[members], temperature)):
+            for k, ids, values in zip(members, *decode_batch(plain, tokenizer, prompts, rows, uniform, stop[members], temperature)):
                 completions[k], logps[k] = ids, values
     model.train(training)
     return (completions, logps) if return_logps else completions

@@ -88,7 +88,8 @@ def parse_args(argv=None):
     run.add_argument("--steps", type=int, help="updates")
     run.add_argument("--lr", type=float, help="peak learning rate; cosine to 0 after 3 %% of warm-up")
     run.add_argument("--seed", type=int, default=0, help="of groups, completions and initial adapter")
-    run.add_argument("--micro_tokens", type=int, default=8192, help="tokens a forward pass, padding included; does not change the objective")
+    run.add_argument("--micro_tokens", type=int, default=8192 if torch.cuda.is_available() else 1024,
+                     help="tokens a forward pass, padding included; does not change the objective (a CPU likes what fits its cache)")
     run.add_argument("--no_pack", action="store_true", help="pad every sample to its own row instead of sharing prefixes")
     run.add_argument("--eval_every", type=int, help="steps between evaluations, 0 is never, not even before and after")
     run.add_argument("--eval_new_tokens", type=int, help="limit of an evaluated completion")

@@ -70,6 +70,7 @@ def build(args, rank=16):
     knobs = train.parse_args(flags)
     _, _, device = evaluate.distributed()
     model, tokenizer, trees, _ = train.set_up(knobs, device)
+    torch.set_num_threads(args.threads)  # loading a small model set it to one
     return knobs, model, tokenizer, trees
 
 
@@ -106,49 +107,58 @@ def theirs_generate(model, tokenizer, prompts, new_tokens):
                        max_new_tokens=new_tokens, min_new_tokens=new_tokens, pad_token_id=pad)
 
 
-def trl_steps(args, knobs, model, tokenizer, trees):
-    """Whole steps of TRL's GRPOTrainer and of ours in turn: after each of its steps, ours is timed. Needs trl."""
+def our_step(model, tokenizer, optimizer, trees, knobs, step):
+    """One step of ours: (seconds of rollout and grading, seconds of the update). Random advantages: no group is dead."""
+    rng, params = np.random.default_rng(step), optimizer.param_groups[0]["params"]
+    samples = batch_of(trees, knobs, tokenizer, seed=step)
+
+    def rollout():
+        completions, logps = evaluate.generate(model, tokenizer, [s.prefix_ids for s in samples], knobs.max_new_tokens, return_logps=True)
+        for sample, ids, values in zip(samples, completions, logps):
+            sample.completion_ids, sample.sampler_logps, sample.advantage = ids, values, float(rng.normal())
+            evaluate.is_correct(evaluate.decode(tokenizer, ids), "1", strict=True)
+    return clock(rollout), clock(lambda: train.update(model, optimizer, params, samples, 1 / len(samples), 1e-6, knobs, 1))
+
+
+def trl_steps(args, knobs, tokenizer, trees, after_step=lambda step: None, steps=1):
+    """Steps of TRL's GRPOTrainer on the prompts of our batches: (seconds of rollout and rewards, of the update), what after_step returns. Needs trl."""
     import datasets
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
-    prompts = [s.prefix_ids for step in range(args.pairs + 1) for s in batch_of(trees, knobs, tokenizer, seed=step)]
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6)
-    params = [p for p in model.parameters() if p.requires_grad]
-    times, begun, rng = [], [0.0], np.random.default_rng(0)
+    prompts = [s.prefix_ids for step in range(steps) for s in batch_of(trees, knobs, tokenizer, seed=step)]
+    times, now, rng = [], {}, np.random.default_rng(0)
 
-    def our_step(step):
-        samples = batch_of(trees, knobs, tokenizer, seed=step)
-        completions, logps = evaluate.generate(model, tokenizer, [s.prefix_ids for s in samples], knobs.max_new_tokens, return_logps=True)
-        for k, (sample, ids, values) in enumerate(zip(samples, completions, logps)):
-            sample.completion_ids, sample.sampler_logps = ids, values
-            evaluate.is_correct(evaluate.decode(tokenizer, ids), "1", strict=True)
-            sample.advantage = float(rng.normal())  # random rewards: no group is dead on either side
-        train.update(model, optimizer, params, samples, 1 / len(samples), 1e-6, knobs, 1)
-
-    class Alternate(TrainerCallback):
+    class Clock(TrainerCallback):
         def on_step_begin(self, *_, **__):
-            begun[0] = time.perf_counter()
+            now["begin"] = time.perf_counter()
 
         def on_step_end(self, *_, **__):
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            times.append((time.perf_counter() - begun[0], clock(lambda: our_step(len(times)))))
+            step = time.perf_counter() - now["begin"]
+            times.append(((now["rollout"], step - now["rollout"]), after_step(len(times))))
 
     class InOrder(GRPOTrainer):
         """Our groups are distinct prefixes of one tree: TRL gets the same prompts in the same order instead of repeats."""
         def _get_train_sampler(self, dataset=None):
             return torch.utils.data.SequentialSampler(dataset or self.train_dataset)
 
+        def _generate_and_score_completions(self, inputs):
+            outputs = []
+            now["rollout"] = clock(lambda: outputs.append(super(InOrder, self)._generate_and_score_completions(inputs)))
+            return outputs[0]
+
+    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     config = GRPOConfig(output_dir=os.path.join(args.tmp, "trl"), per_device_train_batch_size=args.batch_size, num_generations=args.group_size,
-                        max_completion_length=args.new_tokens, max_steps=args.pairs + 1, beta=0.0, temperature=1.0, learning_rate=1e-6,
+                        max_completion_length=args.new_tokens, max_steps=steps, beta=0.0, temperature=1.0, learning_rate=1e-6,
                         generation_kwargs={"min_new_tokens": args.new_tokens}, report_to=[], save_strategy="no", logging_strategy="no",
-                        bf16=model.dtype == torch.bfloat16, use_cpu=not torch.cuda.is_available(), disable_tqdm=True, gradient_checkpointing=False)
-    theirs = AutoModelForCausalLM.from_pretrained(args.model, dtype=model.dtype, attn_implementation="sdpa")
+                        bf16=dtype == torch.bfloat16, use_cpu=not torch.cuda.is_available(), disable_tqdm=True, gradient_checkpointing=False)
+    theirs = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, attn_implementation="sdpa")
     InOrder(model=theirs, reward_funcs=lambda completions, **_: rng.normal(size=len(completions)).tolist(), args=config, processing_class=tokenizer,
-            train_dataset=datasets.Dataset.from_list([{"prompt": tokenizer.decode(p)} for p in prompts]), callbacks=[Alternate()],
+            train_dataset=datasets.Dataset.from_list([{"prompt": tokenizer.decode(p)} for p in prompts]), callbacks=[Clock()],
             peft_config=LoraConfig(r=16, lora_alpha=64, target_modules="all-linear", task_type="CAUSAL_LM")).train()
-    return np.array(times[1:])
+    return times
 
 
 def peak(kind, args):
@@ -161,12 +171,16 @@ def peak(kind, args):
 def only(args):
     """One kind of work three times, then this process's peak memory."""
     knobs, model, tokenizer, trees = build(args)
-    samples = batch_of(trees, knobs, tokenizer)
+    samples, optimizer = batch_of(trees, knobs, tokenizer), torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6)
     prompts = [s.prefix_ids for s in samples]
-    work = {"padded": updater(model, samples, knobs, True), "packed": updater(model, samples, knobs, False), "nothing": lambda: None,
-            "theirs": lambda: theirs_generate(model, tokenizer, prompts, args.new_tokens),
-            "ours": lambda: evaluate.generate(model, tokenizer, prompts, args.new_tokens)}[args.only]
-    for _ in range(3):
+    work = {"nothing": lambda: None, "padded": updater(model, samples, knobs, True), "packed": updater(model, samples, knobs, False),
+            "generate": lambda: theirs_generate(model, tokenizer, prompts, args.new_tokens),
+            "ours": lambda: evaluate.generate(model, tokenizer, prompts, args.new_tokens),
+            "trl_step": lambda: trl_steps(args, knobs, tokenizer, trees),
+            "our_step": lambda: our_step(model, tokenizer, optimizer, trees, knobs, 0)}[args.only]
+    if args.only == "trl_step":
+        model = optimizer = None  # it loads its own
+    for _ in range(1 if args.only == "trl_step" else 3):
         work()
     print(train.peak_memory())
 
@@ -179,7 +193,7 @@ def main():
     parser.add_argument("--group_size", type=int, default=8)
     parser.add_argument("--new_tokens", type=int, default=72, help="length of every completion")
     parser.add_argument("--max_prompt", type=int, default=512)
-    parser.add_argument("--micro_tokens", type=int, default=8192)
+    parser.add_argument("--micro_tokens", type=int, default=8192 if torch.cuda.is_available() else 1024)
     parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--sizes", type=int, nargs="*", default=[4, 8, 16, 32, 64], help="group sizes of part 4")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of PyTorch on the CPU")
@@ -188,7 +202,6 @@ def main():
     parser.add_argument("--out", help="append the figures to this JSONL file")
     parser.add_argument("--only", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
     evaluate.eos_ids = lambda model, tokenizer: []  # nothing ends a completion early
     if args.only:
         return only(args)
@@ -203,21 +216,27 @@ def main():
           f"{args.group_size}, prompts of {min(map(len, prompts))} to {max(map(len, prompts))} tokens, {args.new_tokens} new tokens\n"
           f"measured ceilings: {flops / 1e9:.0f} GFLOP/s, {bandwidth / 1e9:.1f} GB/s; the batch is {padded} padded tokens, {packed} packed ones")
     rows = [compare("update: padded -> packed", updater(model, samples, knobs, True), updater(model, samples, knobs, False), args.pairs, padded)]
-    floor = 6 * weights * packed / flops
-    print(f"{'':<42} floor of the packed update, 6 x weights x distinct tokens / peak: {floor:.3f} s, {floor / rows[-1]['seconds'][1]:.0%} of the time")
+    floors_of = [6 * weights * packed / flops]
+    print(f"{'':<42} floor of the packed update, 6 x weights x distinct tokens / peak: {floors_of[0]:.3f} s, {floors_of[0] / rows[-1]['seconds'][1]:.0%} of the time")
     rows.append(compare("generate: transformers -> ours", lambda: theirs_generate(model, tokenizer, prompts, args.new_tokens),
                         lambda: evaluate.generate(model, tokenizer, prompts, args.new_tokens), args.pairs, len(prompts) * args.new_tokens))
-    floor = sum(p.nbytes for p in model.parameters()) * args.new_tokens / (bandwidth / 2)
-    print(f"{'':<42} floor of decoding, bytes of weights x steps / copy's read bandwidth: {floor:.3f} s, {floor / rows[-1]['seconds'][1]:.0%} of the time")
+    floors_of.append(sum(p.nbytes for p in model.parameters()) * args.new_tokens / (bandwidth / 2))
+    print(f"{'':<42} floor of decoding, bytes of weights x steps / copy's read bandwidth: {floors_of[1]:.3f} s, {floors_of[1] / rows[-1]['seconds'][1]:.0%} of the time")
     if args.trl:
-        rows.append(show("step: TRL -> ours", trl_steps(args, knobs, model, tokenizer, trees), len(prompts) * args.new_tokens))
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6)
+        ours = lambda step: our_step(model, tokenizer, optimizer, trees, knobs, step)
+        times = np.array(trl_steps(args, knobs, tokenizer, trees, ours, args.pairs + 1))[1:]  # (pairs, theirs and ours, rollout and update)
+        for name, seconds in (("step", times.sum(2)), ("its rollout and rewards", times[..., 0]), ("its update", times[..., 1])):
+            rows.append(show(f"{name}: TRL -> ours", seconds, len(prompts) * args.new_tokens))
+        floor = sum(floors_of)
+        print(f"{'':<42} floor of a step, both together: {floor:.3f} s, {floor / rows[-3]['seconds'][1]:.0%} of the time")
     for size in args.sizes:
         group = batch_of(trees, knobs, tokenizer, size)
         distinct = len(pack([s.prefix_ids for s in group])[0])
         tokens = sum(len(s.prefix_ids) + args.new_tokens for s in group)
         rows.append(compare(f"update, group of {size} ({tokens} -> {distinct + size * args.new_tokens} tokens)", updater(model, group, knobs, True),
                             updater(model, group, knobs, False), args.pairs, tokens))
-    memory = {kind: peak(kind, args) for kind in ("nothing", "padded", "packed", "theirs", "ours")}
+    memory = {kind: peak(kind, args) for kind in ("nothing", "padded", "packed", "generate", "ours", *("trl_step", "our_step") * args.trl)}
     print("peak memory, MiB: " + ", ".join(f"{kind} {value:.0f}" for kind, value in memory.items()))
     if args.out:
         with open(args.out, "a", encoding="utf-8") as out:
