@@ -173,14 +173,14 @@ def _program(name, x, constraints, margin=0.0, pair_margin=0.0):
     return x, *rows.T, np.repeat([float(pair_margin), float(margin)], [len(pair), len(triplet)])
 
 
-def _row_by_row(solve, target, start, i, j, m):
+def _slsqp(program, target, start, i, j, m):
     """
-    The solution a (N,) of a program by SLSQP, whose time grows with N^3 and with the rows, from smaller programs with the same solution. Rows: those
-    that start breaks; if the solution breaks more, those too, until it breaks none. Samples: of w with equal targets and equal rows, one stands for
-    all, as exchanging them changes nothing and the solution is unique. solve(target, start, w, i, j, m) gets such a program of K <= N samples.
+    The solution (N,) of program(target, w, i, j, m) -> objective, constraints. SLSQP's time grows with N^3 and with the rows; here it solves smaller
+    programs with the same solution. Rows: those that start breaks; if their solution breaks more, those too, until it breaks none. Samples: of w with
+    equal targets and equal rows one stands for all, as exchanging them changes nothing and the solution is unique.
     """
     n, used, a = len(target), np.zeros(len(m), bool), start
-    while True:
+    while a is start or (~used & (a[j] - a[i] < m - 1e-9)).any():
         used |= a[j] - a[i] < m - 1e-9
         p, q, margin = i[used], j[used], m[used]
         table = np.zeros((n, 2 * n + 1), complex)  # what tells samples apart: rows up, rows down (how many, and their margins), target
@@ -190,16 +190,13 @@ def _row_by_row(solve, target, start, i, j, m):
         of = np.array([number.setdefault(sample.tobytes(), len(number)) for sample in table])  # (N,) its class, 0 to K - 1
         first, w = np.unique(of, return_index=True, return_counts=True)[1:]  # (K,) (K,)
         kept = (first[of[p]] == p) & (first[of[q]] == q)  # a row between two classes has its like between their first samples
-        a = solve(target[first], start[first], w, of[p[kept]], of[q[kept]], margin[kept])[of]
-        if not (~used & (a[j] - a[i] < m - 1e-9)).any():
-            return a
-
-
-def _slsqp(objective, start, ftol, constraints=()):
-    result = minimize(objective, start, jac=True, method="SLSQP", constraints=constraints, options={"maxiter": 1000, "ftol": ftol})
-    if not result.success:  # result.x would look like an answer all the same
-        raise NoSolution(f"SLSQP: {result.message}")
-    return result.x
+        objective, constraints = program(target[first], w, of[p[kept]], of[q[kept]], margin[kept])
+        # App. B's ftol is 1e-8; that leaves errors of 3e-5 in a, and would blur qp_soft's nudges, whose squares are 1e-6.
+        result = minimize(objective, start[first], jac=True, method="SLSQP", constraints=constraints, options={"maxiter": 1000, "ftol": 1e-12})
+        if not result.success:  # result.x would look like an answer all the same
+            raise NoSolution(f"SLSQP: {result.message}")
+        a = result.x[of]
+    return a
 
 
 def qp_hard(rewards, constraints, margin=1e-2, solver="slsqp", pair_margin=0.0):
@@ -219,16 +216,15 @@ def qp_hard(rewards, constraints, margin=1e-2, solver="slsqp", pair_margin=0.0):
     if solver == "exact":
         return project(r, constraints, margin, pair_margin, norm="sphere")
 
-    def solve(t, start, w, i, j, m):
+    def program(t, w, i, j, m):
         G, row = np.zeros((len(m), len(t))), np.arange(len(m))
         G[row, i], G[row, j] = -1, 1  # (M, K): G a >= m
         # Two vector-valued constraints with analytic Jacobians: one closure per row is 12 to 80 times slower.
         equal = {"type": "eq", "fun": lambda a: np.array([w @ a, w @ a ** 2 - w.sum()]), "jac": lambda a: np.stack([w, 2 * w * a])}
         order = {"type": "ineq", "fun": lambda a: G @ a - m, "jac": lambda a: G}
-        # App. B stops at 1e-8; that leaves errors of 3e-5 in a, and would blur qp_soft's nudges, whose squares are 1e-6.
-        return _slsqp(lambda a: (w @ (a - t) ** 2, 2 * w * (a - t)), start, 1e-12, [equal, order] if len(m) else [equal])
+        return lambda a: (w @ (a - t) ** 2, 2 * w * (a - t)), [equal, order] if len(m) else [equal]
 
-    return _row_by_row(solve, r, (r - r.mean()) / r.std(), i, j, m)  # starts at the solution without rows
+    return _slsqp(program, r, (r - r.mean()) / r.std(), i, j, m)  # starts at the solution without rows
 
 
 def qp_soft(rewards, constraints, lam=1.0, margin=1e-3):
@@ -242,14 +238,14 @@ def qp_soft(rewards, constraints, lam=1.0, margin=1e-3):
     r, i, j, m = _program("rewards", rewards, constraints, margin, margin)
     _require(isinstance(lam, Real) and 0 <= lam < np.inf, "lam", lam, "a number >= 0")
 
-    def solve(t, start, w, i, j, m):
+    def program(t, w, i, j, m):
         def objective(a):
             short = np.maximum(0, a[i] - a[j] + m)  # (M,)
             push = lam * w[i] * w[j] * short
             return w @ (a - t) ** 2 + push @ short, 2 * w * (a - t) + 2 * (np.bincount(i, push, len(a)) - np.bincount(j, push, len(a)))
-        return _slsqp(objective, start, 1e-12)
+        return objective, ()
 
-    a = _row_by_row(solve, r, r - r.mean(), i, j, m)  # a row that is kept costs nothing
+    a = _slsqp(program, r, r - r.mean(), i, j, m)  # a row that is kept costs nothing
     return a - a.mean()
 
 
