@@ -371,14 +371,6 @@ def _target(target, node, parent, rewards, alpha, teacher):
     return rewards if target == "reward" else rewards - alpha * value(kinds[target], node, parent, rewards, teacher=teacher)
 
 
-def _hard(node, parent, r, alpha, *, target="reward", teacher=None, margin=1e-2, solver="slsqp"):
-    return qp_hard(_target(target, node, parent, r, alpha, teacher), order_constraints(node, parent, r), margin, solver)
-
-
-def _soft(node, parent, r, alpha, *, target="reward", teacher=None, margin=1e-3, lam=1.0):
-    return qp_soft(_target(target, node, parent, r, alpha, teacher), order_constraints(node, parent, r), lam, margin)
-
-
 ESTIMATORS = {  # a new baseline is a line here, or a function above and a line here
     "flat": lambda node, parent, r, alpha: r,
     "grpo": lambda node, parent, r, alpha: (r - r.mean()) / r.std(),  # without epsilon: equal rewards never get here
@@ -398,8 +390,10 @@ ESTIMATORS = {  # a new baseline is a line here, or a function above and a line 
     # App. A.9: mc (P,) is the mean reward of M fresh rollouts from the node, nan where there were none.
     "mc": lambda node, parent, r, alpha, *, mc=None: r - alpha * _per_node("mc", mc, parent, node)[node],
     "teacher": lambda node, parent, r, alpha, *, teacher=None: r - alpha * value("teacher", node, parent, r, teacher=teacher),
-    "qp_hard": _hard,
-    "qp_soft": _soft,
+    "qp_hard": lambda node, parent, r, alpha, *, target="reward", teacher=None, margin=1e-2, solver="slsqp":
+        qp_hard(_target(target, node, parent, r, alpha, teacher), order_constraints(node, parent, r), margin, solver),
+    "qp_soft": lambda node, parent, r, alpha, *, target="reward", teacher=None, margin=1e-3, lam=1.0:
+        qp_soft(_target(target, node, parent, r, alpha, teacher), order_constraints(node, parent, r), lam, margin),
 }
 
 
