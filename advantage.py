@@ -46,6 +46,15 @@ def _tree(parent):
     return parent
 
 
+def _per_node(name, x, parent, needed):
+    """x as (P,) floats, in [0, 1] at the needed nodes; elsewhere they may be nan, too."""
+    _require(np.shape(x) == np.shape(parent), name, x, f"a number for each of the tree's {len(parent)} nodes")
+    x = np.array(x, float)
+    optional = np.isnan(x) & ~np.isin(np.arange(len(x)), needed)
+    _vector(name, np.where(optional, 0, x), float, 0, 1)
+    return x
+
+
 def _group(node, parent, rewards):
     node, parent, rewards = _vector("node", node, int), _tree(parent), _vector("rewards", rewards, float, 0, 1)
     _require(len(node) == len(rewards), "len(node)", len(node), f"len(rewards), {len(rewards)}")
@@ -110,6 +119,16 @@ def satisfaction(a, constraints):
 
 
 # 2. ---- what a prefix is worth --------------------------------------------------------------------------------------------------------------
+def _others(rewards):
+    """(N,): the mean of the other rewards of the group, 0 for a group of one."""
+    return (rewards.sum() - rewards) / max(len(rewards) - 1, 1)
+
+
+def _inside(node, parent):
+    """(P, N) bool: [v, k] is true where sample k starts in the subtree of node v, its root included."""
+    return (ancestors(parent) | np.eye(len(parent), dtype=bool))[:, node]
+
+
 def value(kind, node, parent, rewards, leave_one_out=False, teacher=None):
     """
     V(p_k) for every sample, (N,). Sec. 3.3, Table 4. A subtree contains its own root, hence the sample's own reward.
@@ -128,10 +147,8 @@ def value(kind, node, parent, rewards, leave_one_out=False, teacher=None):
     _require(kind in kinds, "kind", kind, f"one of {kinds}")
     _require(not leave_one_out or kind == "expectation", "kind", kind, "'expectation' where leave_one_out is true")
     if kind == "teacher":
-        teacher = _vector("teacher", teacher, float, 0, 1)
-        _require(len(teacher) == len(parent), "len(teacher)", len(teacher), f"len(parent), {len(parent)}")
-        return teacher[node]
-    inside = (ancestors(parent) | np.eye(len(parent), dtype=bool))[:, node]  # (P, N) [v, k]: sample k starts in the subtree of node v
+        return _per_node("teacher", teacher, parent, node)[node]
+    inside = _inside(node, parent)
     if kind == "optimistic":
         return np.where(inside, rewards, 0).max(1)[node]
     if kind == "pessimistic":
@@ -156,11 +173,30 @@ def _program(name, x, constraints, margin=0.0, pair_margin=0.0):
     return x, *rows.T, np.repeat([float(pair_margin), float(margin)], [len(pair), len(triplet)])
 
 
-def _slsqp(objective, start, ftol, constraints=()):
-    result = minimize(objective, start, jac=True, method="SLSQP", constraints=constraints, options={"maxiter": 1000, "ftol": ftol})
-    if not result.success:  # result.x would look like an answer all the same
-        raise NoSolution(f"SLSQP: {result.message}")
-    return result.x
+def _slsqp(program, target, start, i, j, m):
+    """
+    The solution (N,) of program(target, w, i, j, m) -> objective, constraints. SLSQP's time grows with N^3 and with the rows; here it solves smaller
+    programs with the same solution. Rows: those that start breaks; if their solution breaks more, those too, until it breaks none. Samples: of w with
+    equal targets and equal rows one stands for all, as exchanging them changes nothing and the solution is unique.
+    """
+    n, used, a = len(target), np.zeros(len(m), bool), start
+    while a is start or (~used & (a[j] - a[i] < m - 1e-9)).any():
+        used |= a[j] - a[i] < m - 1e-9
+        p, q, margin = i[used], j[used], m[used]
+        table = np.zeros((n, 2 * n + 1), complex)  # what tells samples apart: rows up, rows down (how many, and their margins), target
+        np.add.at(table, (np.r_[p, q], np.r_[q, n + p]), np.tile(1 + 1j * margin, 2))
+        table[:, -1] = target
+        number = {}
+        of = np.array([number.setdefault(sample.tobytes(), len(number)) for sample in table])  # (N,) its class, 0 to K - 1
+        first, w = np.unique(of, return_index=True, return_counts=True)[1:]  # (K,) (K,)
+        kept = (first[of[p]] == p) & (first[of[q]] == q)  # a row between two classes has its like between their first samples
+        objective, constraints = program(target[first], w, of[p[kept]], of[q[kept]], margin[kept])
+        # App. B's ftol is 1e-8; that leaves errors of 3e-5 in a, and would blur qp_soft's nudges, whose squares are 1e-6.
+        result = minimize(objective, start[first], jac=True, method="SLSQP", constraints=constraints, options={"maxiter": 1000, "ftol": 1e-12})
+        if not result.success:  # result.x would look like an answer all the same
+            raise NoSolution(f"SLSQP: {result.message}")
+        a = result.x[of]
+    return a
 
 
 def qp_hard(rewards, constraints, margin=1e-2, solver="slsqp", pair_margin=0.0):
@@ -171,7 +207,7 @@ def qp_hard(rewards, constraints, margin=1e-2, solver="slsqp", pair_margin=0.0):
 
     rewards (N,) is r, or another target such as r - alpha V; equal ones give zeros. For binary rewards the solution is s (r - mean r) + d, where d is
     smaller than the margin and moves samples of triplets only: std-normalised GRPO with nudges. NoSolution where SLSQP fails or none exists.
-    solver: "slsqp" is the paper's, "exact" is project. They agree; with 512 samples and 29,000 pairs one takes seconds, the other 10 ms.
+    solver: "slsqp" is the paper's, "exact" is project. They agree; results/solvers.py times both.
     """
     r, i, j, m = _program("rewards", rewards, constraints, margin, pair_margin)
     _require(solver in ("slsqp", "exact"), "solver", solver, "'slsqp' or 'exact'")
@@ -179,12 +215,16 @@ def qp_hard(rewards, constraints, margin=1e-2, solver="slsqp", pair_margin=0.0):
         return np.zeros(len(r))
     if solver == "exact":
         return project(r, constraints, margin, pair_margin, norm="sphere")
-    G, row, ones = np.zeros((len(m), len(r))), np.arange(len(m)), np.ones(len(r))
-    G[row, i], G[row, j] = -1, 1  # (M, N): G a >= m
-    # Two vector-valued constraints with analytic Jacobians: one closure per row is 12 to 80 times slower.
-    equal = {"type": "eq", "fun": lambda a: np.array([a.sum(), a @ a - len(a)]), "jac": lambda a: np.stack([ones, 2 * a])}
-    order = {"type": "ineq", "fun": lambda a: G @ a - m, "jac": lambda a: G}
-    return _slsqp(lambda a: ((a - r) @ (a - r), 2 * (a - r)), r - r.mean(), 1e-8, [equal, order])
+
+    def program(t, w, i, j, m):
+        G, row = np.zeros((len(m), len(t))), np.arange(len(m))
+        G[row, i], G[row, j] = -1, 1  # (M, K): G a >= m
+        # Two vector-valued constraints with analytic Jacobians: one closure per row is 12 to 80 times slower.
+        equal = {"type": "eq", "fun": lambda a: np.array([w @ a, w @ a ** 2 - w.sum()]), "jac": lambda a: np.stack([w, 2 * w * a])}
+        order = {"type": "ineq", "fun": lambda a: G @ a - m, "jac": lambda a: G}
+        return lambda a: (w @ (a - t) ** 2, 2 * w * (a - t)), [equal, order] if len(m) else [equal]
+
+    return _slsqp(program, r, (r - r.mean()) / r.std(), i, j, m)  # starts at the solution without rows
 
 
 def qp_soft(rewards, constraints, lam=1.0, margin=1e-3):
@@ -198,11 +238,14 @@ def qp_soft(rewards, constraints, lam=1.0, margin=1e-3):
     r, i, j, m = _program("rewards", rewards, constraints, margin, margin)
     _require(isinstance(lam, Real) and 0 <= lam < np.inf, "lam", lam, "a number >= 0")
 
-    def objective(a):
-        short = np.maximum(0, a[i] - a[j] + m)  # (M,)
-        return (a - r) @ (a - r) + lam * short @ short, 2 * (a - r) + 2 * lam * (np.bincount(i, short, len(a)) - np.bincount(j, short, len(a)))
+    def program(t, w, i, j, m):
+        def objective(a):
+            short = np.maximum(0, a[i] - a[j] + m)  # (M,)
+            push = lam * w[i] * w[j] * short
+            return w @ (a - t) ** 2 + push @ short, 2 * w * (a - t) + 2 * (np.bincount(i, push, len(a)) - np.bincount(j, push, len(a)))
+        return objective, ()
 
-    a = _slsqp(objective, r - r.mean(), 1e-12)  # App. B gives 1e-8 for the hard program; here that would blur nudges with squares of 1e-6
+    a = _slsqp(program, r, r - r.mean(), i, j, m)  # a row that is kept costs nothing
     return a - a.mean()
 
 
@@ -227,11 +270,9 @@ def project(target, constraints, margin=0.0, pair_margin=0.0, norm=None):
 
     if excess(0) > 0:
         raise NoSolution(f"margin {margin} and pair_margin {pair_margin} take more than |a|^2 = N")
-    high = 1.5 * radius / max(np.linalg.norm(t), 1e-9)  # without rows, s = radius / |t|
-    while excess(high) < 0:
-        high *= 2
-        if high > 1e6:
-            raise NoSolution("the rows hold the target inside the sphere, however it is scaled")
+    high = 1e6 * radius / max(np.linalg.norm(t), 1e-9)  # without rows, s = radius / |t|
+    if excess(high) < 0:
+        raise NoSolution("the rows hold the target inside the sphere, however it is scaled")
     return _nearest(brentq(excess, 0, high, xtol=1e-15, rtol=1e-15) * t, i, j, m)
 
 
@@ -281,21 +322,53 @@ def _nearest(t, i, j, m):
 
 
 # 4. ---- the methods: (node, parent, rewards, alpha, *, options with defaults) -> raw advantages (N,), which the door centres -----------------
+def _treepo(node, parent, r, alpha):
+    """TreePO (Li et al. 2025, arXiv 2508.17445): r_k minus the mean of a sub-group, averaged over the sub-groups of k: the samples below the
+    question, below the next node towards p_k, ..., below p_k. Where k is alone does not count, as in their code. Departs: no division by the batch's
+    standard deviation; a plain average, where their code weighs by size; nodes, where they cut equal lengths. r_k is in every mean."""
+    inside = _inside(node, parent)
+    size, counted = inside.sum(1), inside & (inside.sum(1) > 1)[:, None]
+    return r - inside @ r / np.maximum(size, 1) @ counted / counted.sum(0)  # one alone has equal rewards and never gets here
+
+
+def _treerpo(node, parent, r, alpha):
+    """V(p_k) after TreeRPO (Yang et al. 2025, arXiv 2506.05183): the mean over a node's children, one vote each, however many samples they hold. A
+    sample that starts at the node is one child, since their trees end in completions; a child without samples is none. Departs: they compare
+    siblings, normalised; here it is a completion and its parent. r_k is in V."""
+    total, votes = np.bincount(node, r, len(parent)), np.bincount(node, minlength=len(parent))
+    for v in range(len(parent) - 1, 0, -1):
+        if votes[v]:
+            total[parent[v]], votes[parent[v]] = total[parent[v]] + total[v] / votes[v], votes[parent[v]] + 1
+    return r - alpha * total[node] / votes[node]
+
+
+def _ema(node, parent, r, alpha, *, history=None):
+    """V = history (P,), say a moving average of the student's rewards at the node before this group, nan where it has not been. There the nearest
+    ancestor with a history stands in, or else the mean of the group's others."""
+    V = _per_node("history", history, parent, [])
+    for v in range(1, len(parent)):
+        V[v] = V[parent[v]] if np.isnan(V[v]) else V[v]
+    return r - alpha * np.where(np.isnan(V[node]), _others(r), V[node])
+
+
+def _shrink(node, parent, r, alpha, *, shrink=2.0):
+    """Empirical Bayes without r_k: V(question) is the mean of the others, and V(v) = (n m + shrink V(parent)) / (n + shrink) with m the mean of the n
+    others below v. That is the posterior mean under Beta(shrink V(parent), shrink (1 - V(parent))), though V(parent) has seen the n, too. 2 makes
+    it uniform at V(parent) = 1/2; 8 samples are too few to estimate it, and r_k would get in. Towards 0 lies "loo", towards infinity "rloo"."""
+    _require(isinstance(shrink, Real) and 0 < shrink < np.inf, "shrink", shrink, "a number > 0")
+    inside = _inside(node, parent)
+    n, total = inside.sum(1)[:, None] - inside, (inside @ r)[:, None] - inside * r  # (P, N) [v, k]: the others below v
+    V = np.tile(_others(r), (len(parent), 1))  # (P, N) [v, k]: V(v) for sample k
+    for v in range(1, len(parent)):
+        V[v] = (total[v] + shrink * V[parent[v]]) / (n[v] + shrink)
+    return r - alpha * V[node, np.arange(len(r))]
+
+
 def _target(target, node, parent, rewards, alpha, teacher):
     """What a program stays near to: r (Eq. 1); "staged", r - alpha V_E (Alg. 1), which keeps every row already; or with the teacher's V."""
     kinds = {"staged": "expectation", "teacher": "teacher"}
     _require(target in ("reward", *kinds), "target", target, "'reward', 'staged' or 'teacher'")
     return rewards if target == "reward" else rewards - alpha * value(kinds[target], node, parent, rewards, teacher=teacher)
-
-
-def _hard(node, parent, rewards, alpha, *, target="reward", teacher=None, margin=1e-2, solver="slsqp"):
-    t = _target(target, node, parent, rewards, alpha, teacher)
-    return qp_hard(t, order_constraints(node, parent, rewards), margin, solver)
-
-
-def _soft(node, parent, rewards, alpha, *, target="reward", teacher=None, margin=1e-3, lam=1.0):
-    t = _target(target, node, parent, rewards, alpha, teacher)
-    return qp_soft(t, order_constraints(node, parent, rewards), lam, margin)
 
 
 ESTIMATORS = {  # a new baseline is a line here, or a function above and a line here
@@ -305,9 +378,22 @@ ESTIMATORS = {  # a new baseline is a line here, or a function above and a line 
     "optimistic": lambda node, parent, r, alpha: r - alpha * value("optimistic", node, parent, r),
     "pessimistic": lambda node, parent, r, alpha: r - alpha * value("pessimistic", node, parent, r),
     "loo": lambda node, parent, r, alpha: r - alpha * value("expectation", node, parent, r, leave_one_out=True),
+    "rloo": lambda node, parent, r, alpha: r - _others(r),  # Kool et al. 2019; Ahmadian et al. 2024, arXiv 2402.14740
+    "treepo": _treepo,
+    # TreeRL (Hou et al. 2025, arXiv 2506.11902): step s gets (V(s) - V(question) + V(s) - V(parent of s)) / sqrt(leaves below s). Here the one step
+    # is the completion, a leaf below p_k with V = r_k: twice the usual scale. Departs: the prefix gets no credit, the student did not write it; each
+    # V is the mean of the others (in their code only the question's), so r_k is in neither.
+    "treerl": lambda node, parent, r, alpha: 2 * r - _others(r) - value("expectation", node, parent, r, leave_one_out=True),
+    "treerpo": _treerpo,
+    "ema": _ema,
+    "shrink": _shrink,
+    # App. A.9: mc (P,) is the mean reward of M fresh rollouts from the node, nan where there were none.
+    "mc": lambda node, parent, r, alpha, *, mc=None: r - alpha * _per_node("mc", mc, parent, node)[node],
     "teacher": lambda node, parent, r, alpha, *, teacher=None: r - alpha * value("teacher", node, parent, r, teacher=teacher),
-    "qp_hard": _hard,
-    "qp_soft": _soft,
+    "qp_hard": lambda node, parent, r, alpha, *, target="reward", teacher=None, margin=1e-2, solver="slsqp":
+        qp_hard(_target(target, node, parent, r, alpha, teacher), order_constraints(node, parent, r), margin, solver),
+    "qp_soft": lambda node, parent, r, alpha, *, target="reward", teacher=None, margin=1e-3, lam=1.0:
+        qp_soft(_target(target, node, parent, r, alpha, teacher), order_constraints(node, parent, r), lam, margin),
 }
 
 
@@ -316,8 +402,9 @@ def advantages(method, node, parent, rewards, alpha=0.5, info=None, **options):
     """
     Advantages (N,) of one group: a'_k = r_k - alpha V(p_k), mean-centred (Sec. 3.3), or what else the method defines. Equal rewards: exact zeros.
 
-    options: keyword arguments of the estimators (teacher, target, margin, lam, solver). A method takes those that it knows, so a caller may hand
-    the same side information to all; one that no method knows is an error.
+    alpha: flat, grpo, rloo, treepo and treerl are defined without it; the programs take it where target is not "reward".
+    options: keyword arguments of the estimators (teacher, history, mc, shrink, target, margin, lam, solver). A method takes those that it knows, so a
+    caller may hand the same side information to all; one that no method knows is an error.
     info: a dict that is told "dead" (were all rewards equal) and "fallback": "none", or what stood in for a program without solution, "soft" (the
     soft program) or "centred" (the rewards).
     """
