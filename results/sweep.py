@@ -39,7 +39,7 @@ ROWS = {  # the flags of train.py
     "off_policy": f"--baseline expectation --behaviour teacher {TEACHER}",  # Sec. 3.1
     "rloo": "--group question --baseline rloo",  # beyond the paper
 } | {name: f"--baseline {name}" for name in "loo teacher treepo treerl treerpo ema shrink".split()}
-SETS = {"easy": ("data/arithmetic/", 100_000), "hard": ("data/arithmetic/hard_", 200_000)}  # how its files begin, generated tokens a run
+SETS = {"easy": ("data/arithmetic/", 40_000), "hard": ("data/arithmetic/hard_", 100_000)}  # how its files begin, generated tokens a run
 OFTEN = "--eval_every 10 --eval_limit 200 --rollouts_every 0"
 CURVES = "reward sat adv_var adv_var_scaled entropy".split()  # of log.jsonl
 children, preparing = set(), threading.Lock()
@@ -137,7 +137,7 @@ def main():
         parser.add_argument(name, nargs="+", choices=choices, default=list(choices), metavar="NAME", help="some of " + ", ".join(choices))
     parser.add_argument("--seeds", type=int, default=5, help="runs of a row on a set")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side, one thread each")
-    parser.add_argument("--tokens", type=int, help="generated tokens a run; default 100,000 on easy, 200,000 on hard")
+    parser.add_argument("--tokens", type=int, help="generated tokens a run; default 40,000 on easy, 100,000 on hard")
     parser.add_argument("--lr", type=float, help="learning rate of the rows that name none; default the preset's")
     parser.add_argument("--minutes", type=float, default=1e6, help="stop after so many")
     parser.add_argument("--out", default="out/sweep", help="folder of the run folders")
