@@ -2,7 +2,7 @@
 Staged advantage estimation (SAE, Sec. 3.2-3.3 of Tree-OPO): rewards of a group + its place in the prefix tree -> advantages.
 
 GRPO compares completions of one question. Here sample k of a group starts at its own prefix p_k, a node of one problem's tree, and prefixes differ
-in difficulty: hence 1. an order that advantages should keep, 2. baselines V(p), 3. quadratic programs, 4. a table of methods, 5. one door,
+in difficulty: hence 1. an order that advantages should keep, 2. baselines V(p), 3. quadratic programs, 4. a table of methods, 5. GAE, 6. one door,
 
     advantages("expectation", node, parent, rewards)
 
@@ -397,7 +397,26 @@ ESTIMATORS = {  # a new baseline is a line here, or a function above and a line 
 }
 
 
-# 5. ---- the door ----------------------------------------------------------------------------------------------------------------------------
+# 5. ---- steps instead of samples ------------------------------------------------------------------------------------------------------------
+def gae(rewards, values, gamma=0.95, lam=0.95):
+    """
+    Generalised advantage estimation (App. B: actor-critic with TD(lambda)) over the K reasoning steps of one completion: advantages (K,), targets (K,).
+
+    rewards (K,), values (K,) = V of the state before each step; the end is worth 0. With delta_k = r_k + gamma V_k+1 - V_k:
+    A_k = delta_k + gamma lam A_k+1, and the critic's target is A_k + V_k. lam = 1 is the discounted return less V, lam = 0 is TD(0).
+
+    >>> gae([0, 1], [0.5, 0.75], gamma=1, lam=0.5)
+    (array([0.375, 0.25 ]), array([0.875, 1.   ]))
+    """
+    rewards, values = _vector("rewards", rewards, float), _vector("values", values, float)
+    _require(len(values) == len(rewards), "len(values)", len(values), f"len(rewards), {len(rewards)}")
+    delta, a = rewards + gamma * np.r_[values[1:], 0] - values, np.zeros(len(rewards) + 1)
+    for k in reversed(range(len(rewards))):
+        a[k] = delta[k] + gamma * lam * a[k + 1]
+    return a[:-1], a[:-1] + values
+
+
+# 6. ---- the door ----------------------------------------------------------------------------------------------------------------------------
 def advantages(method, node, parent, rewards, alpha=0.5, info=None, **options):
     """
     Advantages (N,) of one group: a'_k = r_k - alpha V(p_k), mean-centred (Sec. 3.3), or what else the method defines. Equal rewards: exact zeros.

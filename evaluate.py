@@ -32,7 +32,7 @@ import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer, DynamicCache
 from transformers.cache_utils import DynamicLayer
 from transformers.utils import logging
 
@@ -157,8 +157,8 @@ def check_tree_masks(model):
     sequences[:, :5] = sequences[0, :5]
     packed = pack(sequences.tolist())
     ids, position, mask = pad_rows([packed], model)
-    alone = model(torch.from_numpy(sequences).to(model.device)).logits  # (3, 8, V)
-    together = model(ids, attention_mask=mask, position_ids=position).logits[0, np.stack(packed[3])]
+    alone = model(torch.from_numpy(sequences).to(model.device))[0]  # (3, 8, V) logits, or hidden states of a decoder without a head
+    together = model(ids, attention_mask=mask, position_ids=position)[0][0, np.stack(packed[3])]
     gap = (torch.log_softmax(alone.float(), -1) - torch.log_softmax(together.float(), -1)).abs().mean().item()
     model.tree_masks = not kinds and gap < (0.01 if model.dtype == torch.float32 else 0.2)
     if not model.tree_masks:
@@ -254,6 +254,77 @@ def prefill(model, prompts, rows):
     for own, layer in zip(cache.layers, shared.layers):
         own.update(layer.keys[row, :, place].transpose(1, 2), layer.values[row, :, place].transpose(1, 2))
     return cache, real
+
+
+def completion_logits(model, members, rows, temperature=1.0):
+    """What predicted each completion token: logits (n, V) float32 over the temperature, the ids (n,), the sample of each (n,).
+
+    members, rows    samples with prefix_ids and completion_ids, and their packed rows, as tree.micro_batches gives them
+    The one place where logits meet ids: the id at place t of a sequence is predicted at place t - 1. No other place has logits computed.
+    """
+    ids, position, mask = pad_rows(rows, model)  # (B, L), (B, L), (B, 1, L, L)
+    row, place, target, sample = [], [], [], []
+    for k, (member, (r, path)) in enumerate(zip(members, ((r, path) for r, packed in enumerate(rows) for path in packed[3]))):
+        first = len(member.prefix_ids)
+        row += [r] * (len(path) - first)
+        place += path[first - 1:-1].tolist()
+        target += member.completion_ids
+        sample += [k] * (len(path) - first)
+    row, place, target, sample = (torch.tensor(x, device=model.device) for x in (row, place, target, sample))
+    keep, column = place.unique(return_inverse=True)
+    logits = model(ids, attention_mask=mask, position_ids=position, use_cache=False, logits_to_keep=keep).logits  # (B, kept, V)
+    return logits[row, column].float() / temperature, target, sample
+
+
+def log_probs(logits, target):
+    """log softmax(logits)[target]: (n, V), (n,) -> (n,)."""
+    return -torch.nn.functional.cross_entropy(logits, target, reduction="none")
+
+
+def step_starts(model, tokenizer, ids):
+    """Where the reasoning steps of a completion begin: 0, and after each blank line that is not its end."""
+    blank, opens, closes, _ = token_kinds(tokenizer, model.config.vocab_size)[ids].numpy().T
+    blank[1:] |= closes[:-1] & opens[1:]  # a blank line may also be split over two tokens
+    return [0, *(np.flatnonzero(blank[:-1]) + 1).tolist()]
+
+
+def check_vocabulary(teacher, student, trust_remote_code=False):
+    """InputError where the two do not read the same tokens: their next-token distributions could not be compared. Reads tokenizers alone."""
+    try:
+        ours, theirs = (AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code).get_vocab() for model in (student, teacher))
+    except Exception as error:  # damaged files raise whatever their readers happen to
+        raise InputError(f"the tokenizer of {student} or of {teacher} cannot be loaded: {' '.join(str(error).split())[:300]}") from None
+    if ours != theirs:
+        token = next(token for token in (*ours, *theirs) if ours.get(token) != theirs.get(token))
+        raise InputError(f"the teacher {teacher} has another vocabulary than the student {student}: {len(theirs)} tokens and {len(ours)}; {shorten(token)} is "
+                         f"{shorten(theirs.get(token))} there and {shorten(ours.get(token))} here. Expected a teacher with the student's tokenizer.")
+
+
+def out_of_memory(error):
+    """Whether an exception says that CUDA or the CPU's allocator has no memory left."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error) or "not enough memory" in str(error)
+
+
+def load_critic(path, device):
+    """A decoder with a value head, one number a token (App. B's critic): the model at `path` with a fresh head, every weight float32 and
+    trainable. Raises InputError where there is no such model."""
+    try:
+        critic = AutoModelForTokenClassification.from_pretrained(path, num_labels=1, dtype=torch.float32, attn_implementation="sdpa", use_safetensors=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"the critic {path} cannot be loaded: {' '.join(str(error).split())[:300]} Expected a decoder's folder or hub name.") from None
+    critic.requires_grad_(True).to(device).eval()  # eval: no dropout before the head
+    check_tree_masks(critic.base_model)
+    critic.tree_masks = critic.base_model.tree_masks
+    return critic
+
+
+def step_values(critic, members, rows):
+    """V of the state before each reasoning step of the samples, all in a row (m,): read off at the last token before it (member.steps)."""
+    ids, position, mask = pad_rows(rows, critic)
+    paths = [(r, path) for r, packed in enumerate(rows) for path in packed[3]]
+    at = [(r, path[len(member.prefix_ids) - 1 + start]) for member, (r, path) in zip(members, paths) for start in member.steps]
+    row, place = torch.tensor(np.array(at), device=critic.device).T
+    return critic(ids, attention_mask=mask, position_ids=position, use_cache=False).logits[row, place, 0].float()
 
 
 def pick(logits, temperature, uniform):

@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 import evaluate
 import train
 from test_evaluate import QUESTIONS, tiny, tiny_folder
-from tree import InputError, Tree, run_command, write_trees
+from tree import InputError, Tree, micro_batches, run_command, write_trees
 
 torch.set_num_threads(1)
 HERE = os.path.dirname(os.path.abspath(train.__file__))
@@ -44,10 +44,20 @@ def random_samples(tokenizer, groups=3, size=5, seed=0):
     return samples
 
 
+def settings(**knobs):
+    """train.py's knobs at their defaults, but for these."""
+    return SimpleNamespace(**{**vars(train.parse_args([])), "micro_tokens": 10 ** 6, **knobs})
+
+
+def accumulate(model, samples, scale, args, **others):
+    """(loss, gaps) of one accumulated gradient."""
+    stats = train.accumulate(train.Models(model, **others), samples, train.Scale(scale), args)
+    return sum(stats["loss"]), stats["gap"]
+
+
 def gradient(model, samples, **knobs):
-    args = SimpleNamespace(**{**dict(micro_tokens=10 ** 6, no_pack=False, temperature=0.7), **knobs})
     model.zero_grad()
-    loss, _ = train.accumulate(model, samples, 1 / len(samples), args)
+    loss, _ = accumulate(model, samples, 1 / len(samples), settings(temperature=0.7, **knobs))
     return loss, torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
 
 
@@ -81,13 +91,13 @@ def test_a_micro_batch_keeps_its_budget_and_packing_saves_tokens():
     samples = random_samples(tokenizer, groups=4, size=8)
     for row_tokens in (0, 60, 10 ** 6):
         for budget in (40, 100, 400):
-            batches = list(train.micro_batches(samples, budget, row_tokens))
+            batches = list(micro_batches(samples, budget, row_tokens))
             assert sorted(id(s) for members, _ in batches for s in members) == sorted(map(id, samples))
             for members, rows in batches:
                 area = len(rows) * max(len(row[0]) for row in rows)
                 assert area <= budget or len(members) == 1
                 assert len(members) == len(rows) or all(len(row[0]) <= row_tokens or len(row[3]) == 1 for row in rows)
-    tokens = [sum(len(row[0]) for _, rows in train.micro_batches(samples, 10 ** 6, packed) for row in rows) for packed in (10 ** 6, 0)]
+    tokens = [sum(len(row[0]) for _, rows in micro_batches(samples, 10 ** 6, packed) for row in rows) for packed in (10 ** 6, 0)]
     assert tokens[0] < tokens[1]
 
 
@@ -98,7 +108,7 @@ def test_samples_without_advantage_cost_no_pass():
     for s in samples:
         s.advantage = 0.0
     model.forward = None  # any pass would raise
-    assert train.accumulate(model, samples, 1.0, SimpleNamespace(micro_tokens=99, no_pack=False, temperature=1.0)) == (0.0, [])
+    assert accumulate(model, samples, 1.0, settings(micro_tokens=99)) == (0.0, [])
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -118,7 +128,7 @@ def test_sampler_is_trainer(temperature, eos_is_pad):
     assert any(ended) and not all(ended)
     samples = [train.Sample(k // 6, 0, prefix, ids, values, advantage=1.0) for k, (prefix, ids, values) in enumerate(zip(prefixes, completions, logps))]
     for no_pack in (False, True):
-        _, gaps = train.accumulate(model, samples, 1.0, SimpleNamespace(micro_tokens=300, no_pack=no_pack, temperature=temperature))
+        _, gaps = accumulate(model, samples, 1.0, settings(micro_tokens=300, no_pack=no_pack, temperature=temperature))
         assert len(gaps) == sum(map(len, completions)) and max(gaps) < 1e-4
 
 
@@ -128,7 +138,7 @@ def test_policy_gradient_of_a_two_token_world_is_exact():
     model, tokenizer = tiny()
     model = model.double()
     prefixes, rewarded = [[5, 6], [5, 6, 7]], [8, 9]  # the token that earns 1 after each prefix
-    args = SimpleNamespace(micro_tokens=10 ** 6, no_pack=False, temperature=1.0)
+    args = settings()
     probs = [torch.softmax(model(torch.tensor([p])).logits[0, -1], -1) for p in prefixes]
     model.zero_grad()
     (sum(p[r] for p, r in zip(probs, rewarded)) / 2).backward()
@@ -137,7 +147,7 @@ def test_policy_gradient_of_a_two_token_world_is_exact():
         model.zero_grad()
         samples = [train.Sample(g, 0, prefixes[g], [token], advantage=(float(token == rewarded[g]) - baseline[g]) * probs[g][token].item())
                    for g in (0, 1) for token in range(len(probs[g]))]
-        train.accumulate(model, samples, 1 / 2, args)
+        accumulate(model, samples, 1 / 2, args)
         estimate = -torch.cat([p.grad.flatten() for p in model.parameters()])
         assert (estimate - exact).abs().max() < 1e-6 < exact.abs().max() / 100  # log-softmax is float32
 

@@ -8,28 +8,37 @@ What differs from textbook GRPO:
    loss is the plain policy gradient of Sec. 3.4, a sum over completion tokens and a mean over samples.
 4. A group is one packed row: what its samples share is computed once (tree.pack).
 
+The methods that the paper compares with (Tables 1 and 2) differ in three places only: `assess` (what a completion, or each of its
+steps, is credited with), `surrogate` (how log-probs are weighted) and `divergence` (a KL term, if any). README has their commands.
+
     torchrun train.py --baseline expectation                          # the embedded default, on a laptop
     torchrun --nproc_per_node 8 train.py --preset paper --trees out/gsm8k_trees.jsonl --baseline expectation
     python train.py --resume                                          # go on where the default run was stopped
 """
 import argparse
 import json
+import math
 import os
 import resource
+import signal
+import sys
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import get_cosine_schedule_with_warmup
 
 import advantage
 import evaluate
-from tree import (InputError, drop_torn_line, pack, parse_prefixes, read_jsonl, read_problems, read_trees, run_command,
+from tree import (InputError, drop_torn_line, micro_batches, parse_traces, read_jsonl, read_problems, read_trees, run_command,
                   sample_group, tokenize)
 
 # ---------------------------------------------------------------------------------------------------
@@ -39,70 +48,114 @@ PRESETS = {
     "arithmetic": dict(  # the embedded default
         model="data/arithmetic/student", trees="data/arithmetic/trees.jsonl", eval_data="data/arithmetic/test.jsonl",
         alpha=0.5, group_size=8, batch_size=32, temperature=1.0, max_prompt=256, max_new_tokens=96, eval_new_tokens=96,
-        lora_rank=16, lora_alpha=64, lora_dropout=0.0, lr=3e-4, steps=120, eval_every=40, save_every=20),
+        lora_rank=16, lora_alpha=64, lora_dropout=0.0, critic_warmup=5, lr=3e-4, steps=120, eval_every=40, save_every=20),
     "paper": dict(  # Table 3; steps: two passes over GSM8K's 7,473 training problems, four a batch
         model="Qwen/Qwen2.5-1.5B-Instruct", trees="out/gsm8k_trees.jsonl", eval_data="data/gsm8k/test.jsonl",
         alpha=0.5, group_size=8, batch_size=32, temperature=1.0, max_prompt=512, max_new_tokens=256, eval_new_tokens=512,
-        lora_rank=16, lora_alpha=64, lora_dropout=0.1, lr=3e-5, steps=3736, eval_every=500, save_every=100),
+        lora_rank=16, lora_alpha=64, lora_dropout=0.1, critic_warmup=20, lr=3e-5, steps=3736, eval_every=500, save_every=100),
 }
-
 
 # what a resumed run may change without being another run
 MAY_DIFFER = "out resume force skip_bad eval_data eval_limit eval_every eval_new_tokens save_every rollouts_every micro_tokens no_pack".split()
+
+
+def add_flags(parser):
+    """Every knob, in groups. Defaults that differ between presets are in PRESETS."""
+    add = parser.add_argument_group("model").add_argument
+    add("--model", help="the student: a folder or a hub name")
+    add("--adapter", help="start from this PEFT adapter instead of a fresh one")
+    add("--lora_rank", type=int, help="0 trains every weight instead of an adapter")
+    add("--lora_alpha", type=float, help="LoRA's scale is alpha / rank")
+    add("--lora_dropout", type=float, help="dropout in LoRA layers, in the update alone")
+    add("--trust_remote_code", action="store_true", help="run the model's own code from the hub")
+    add = parser.add_argument_group("data").add_argument
+    add("--trees", help="prefix trees, JSONL; traces or searches where the objective is sft")
+    add("--eval_data", help="held-out problems, JSONL")
+    add("--eval_limit", type=int, default=0, help="evaluate on the first so many, 0 is all")
+    add("--skip_bad", action="store_true", help="name and skip bad lines instead of stopping")
+    add("--out", help="run folder; default out/PRESET-GROUP-METHOD-SEED")
+    add("--resume", action="store_true", help="go on from the checkpoint in --out")
+    add("--force", action="store_true", help="resume although other flags differ from the checkpoint's")
+    add = parser.add_argument_group("method").add_argument
+    add("--objective", choices=("tree_opo", "sft"), default="tree_opo", help="sft: cross entropy on the steps of traces")
+    add("--group", choices=("question", "trace", "tree"), default="tree", help="how a group's prefixes are drawn")
+    add("--baseline", choices=sorted(advantage.ESTIMATORS), help="how its advantages are computed; default expectation")
+    add("--alpha", type=float, help="weight of V(prefix) in the advantage")
+    add("--mc_rollouts", type=int, default=4, help="fresh completions a prefix for --baseline mc (App. A.9)")
+    add("--ema", type=float, default=0.5, help="weight of a new reward in a prefix's history, for --baseline ema")
+    add("--no_root", action="store_true", help="leave the bare question out of the prefixes")
+    add("--group_size", type=int, help="samples that are compared with each other")
+    add("--batch_size", type=int, help="samples a step over all ranks")
+    add("--temperature", type=float, help="of the student's rollouts, and of the loss")
+    add("--max_prompt", type=int, help="longer prefixes are dropped, tokens")
+    add("--max_new_tokens", type=int, help="a completion that needs more has reward 0")
+    add("--epochs", type=int, default=1, help="updates a batch; with more than one the probability ratio is clipped, as in PPO and GRPO")
+    add("--clip", type=float, default=0.2, help="how far the ratio may leave 1")
+    add("--kl_coef", type=float, default=0.0, help="weight of KL(student || student without its adapter)")
+    add = parser.add_argument_group("teacher and critic (Table 2, App. B, Sec. 3.1)").add_argument
+    add("--teacher", help="a model with the student's vocabulary: a folder or a hub name")
+    add("--teacher_adapter", help="a PEFT adapter on it")
+    add("--distill_coef", type=float, default=0.0, help="weight of the divergence to the teacher, a mean over completion tokens")
+    add("--kl", choices=("student_teacher", "teacher_student"), default="student_teacher", help="its direction: KL(first || second)")
+    add("--reward", choices=("task", "teacher", "none"), default="task",
+        help="task: 1 for the right answer; teacher: log p(teacher) - log p(student) of every step; none: the divergence alone")
+    add("--behaviour", choices=("student", "teacher"), default="student", help="who writes the completions; the teacher's are weighted (Sec. 3.1)")
+    add("--weight_clip", type=float, default=10.0, help="largest importance weight of a teacher's completion")
+    add("--critic", help="a decoder's folder or hub name; with a value head it replaces --baseline by GAE over reasoning steps")
+    add("--critic_lr", type=float, default=1e-3, help="of all its weights")
+    add("--critic_warmup", type=int, help="steps in which the critic learns and the student does not")
+    add("--gamma", type=float, default=0.95, help="discount a reasoning step, of step rewards and in GAE")
+    add("--gae_lambda", type=float, default=0.95, help="1 is REINFORCE with the critic as its baseline, 0 is TD(0)")
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--steps", type=int, help="updates")
+    add("--max_tokens", type=int, default=0, help="end, and end the schedule, after so many generated tokens instead; 0: after --steps")
+    add("--lr", type=float, help="peak learning rate; cosine to 0 after 3 %% of warm-up")
+    add("--seed", type=int, default=0, help="of groups, completions and initial adapter")
+    add("--micro_tokens", type=int, default=8192 if torch.cuda.is_available() else 1024,
+        help="tokens a forward pass, padding included; does not change the objective (a CPU likes what fits its cache)")
+    add("--no_pack", action="store_true", help="pad every sample to its own row instead of sharing prefixes")
+    add("--nonfinite", choices=("skip", "abort"), default="skip", help="what to do with a step whose loss or gradient is not finite")
+    add("--eval_every", type=int, help="steps between evaluations, 0 is never, not even before and after")
+    add("--eval_new_tokens", type=int, help="limit of an evaluated completion")
+    add("--save_every", type=int, help="steps between checkpoints, 0 is never, but for the last")
+    add("--rollouts_every", type=int, default=10, help="steps between samples written to rollouts.jsonl, 0 is never")
 
 
 def parse_args(argv=None):
     """The knobs: a preset, and the flags that override it. Raises InputError where they make no sense together."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", choices=PRESETS, default="arithmetic", help="defaults of the flags below; paper is its Table 3")
-    preset = PRESETS[first.parse_known_args(argv)[0].preset]
     parser = argparse.ArgumentParser(description=__doc__.strip().split("\n\n")[0], parents=[first], allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    model = parser.add_argument_group("model")
-    model.add_argument("--model", help="the student: a folder or a hub name")
-    model.add_argument("--adapter", help="start from this PEFT adapter instead of a fresh one")
-    model.add_argument("--lora_rank", type=int, help="0 trains every weight instead of an adapter")
-    model.add_argument("--lora_alpha", type=float, help="LoRA's scale is alpha / rank")
-    model.add_argument("--lora_dropout", type=float, help="dropout in LoRA layers, in the update alone")
-    model.add_argument("--trust_remote_code", action="store_true", help="run the model's own code from the hub")
-    data = parser.add_argument_group("data")
-    data.add_argument("--trees", help="prefix trees, JSONL; traces where the objective is sft")
-    data.add_argument("--eval_data", help="held-out problems, JSONL")
-    data.add_argument("--eval_limit", type=int, default=0, help="evaluate on the first so many, 0 is all")
-    data.add_argument("--skip_bad", action="store_true", help="name and skip bad lines instead of stopping")
-    data.add_argument("--out", help="run folder; default out/PRESET-GROUP-BASELINE-SEED")
-    data.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
-    data.add_argument("--force", action="store_true", help="resume although other flags differ from the checkpoint's")
-    method = parser.add_argument_group("method")
-    method.add_argument("--objective", choices=("tree_opo", "sft"), default="tree_opo", help="sft: cross entropy on the steps of traces")
-    method.add_argument("--group", choices=("question", "trace", "tree"), default="tree", help="how a group's prefixes are drawn")
-    method.add_argument("--baseline", choices=sorted(advantage.ESTIMATORS), default="expectation", help="how its advantages are computed")
-    method.add_argument("--alpha", type=float, help="weight of V(prefix) in the advantage")
-    method.add_argument("--no_root", action="store_true", help="leave the bare question out of the prefixes")
-    method.add_argument("--group_size", type=int, help="samples that are compared with each other")
-    method.add_argument("--batch_size", type=int, help="samples a step over all ranks")
-    method.add_argument("--temperature", type=float, help="of the student's rollouts, and of the loss")
-    method.add_argument("--max_prompt", type=int, help="longer prefixes are dropped, tokens")
-    method.add_argument("--max_new_tokens", type=int, help="a completion that needs more has reward 0")
-    run = parser.add_argument_group("optimisation")
-    run.add_argument("--steps", type=int, help="updates")
-    run.add_argument("--lr", type=float, help="peak learning rate; cosine to 0 after 3 %% of warm-up")
-    run.add_argument("--seed", type=int, default=0, help="of groups, completions and initial adapter")
-    run.add_argument("--micro_tokens", type=int, default=8192 if torch.cuda.is_available() else 1024,
-                     help="tokens a forward pass, padding included; does not change the objective (a CPU likes what fits its cache)")
-    run.add_argument("--no_pack", action="store_true", help="pad every sample to its own row instead of sharing prefixes")
-    run.add_argument("--eval_every", type=int, help="steps between evaluations, 0 is never, not even before and after")
-    run.add_argument("--eval_new_tokens", type=int, help="limit of an evaluated completion")
-    run.add_argument("--save_every", type=int, help="steps between checkpoints, 0 is never, but for the last")
-    run.add_argument("--rollouts_every", type=int, default=10, help="steps between samples written to rollouts.jsonl")
-    parser.set_defaults(**preset)
+    add_flags(parser)
+    parser.set_defaults(**PRESETS[first.parse_known_args(argv)[0].preset])
     args = parser.parse_args(argv)
-    args.out = args.out or f"out/{args.preset}-{args.group}-{args.baseline}-{args.seed}"
-    if args.batch_size % args.group_size or args.batch_size < 1 or args.group_size < 1:
-        raise InputError(f"--batch_size {args.batch_size} is no multiple of --group_size {args.group_size}; expected whole groups.")
-    if not args.lr > 0 or args.steps < 1 or not 0 <= args.alpha <= 1 or args.temperature <= 0:
-        raise InputError(f"--lr {args.lr}, --steps {args.steps}, --alpha {args.alpha}, --temperature {args.temperature}: expected "
-                         "lr > 0, steps >= 1, alpha in [0, 1] and temperature > 0.")
+    rl, compared = args.objective == "tree_opo", args.reward == "task" and not args.critic  # samples, or their steps, are credited
+    steps_credited = args.critic or args.reward == "teacher"
+    method = args.objective if not rl else (args.baseline or "expectation") if compared else f"{args.reward}-critic" if args.critic else args.reward
+    for good, sentence in (
+            (args.lr > 0 and args.critic_lr > 0, f"--lr is {args.lr}, --critic_lr {args.critic_lr}; expected numbers above 0."),
+            (0 <= args.alpha <= 1, f"--alpha is {args.alpha}; expected a number in [0, 1]."),
+            (0 < args.temperature < float("inf"), f"--temperature is {args.temperature}; expected a number above 0."),
+            (0 < args.ema <= 1 and 0 <= args.gamma <= 1 and 0 <= args.gae_lambda <= 1, f"--ema {args.ema}, --gamma {args.gamma}, --gae_lambda {args.gae_lambda}: expected numbers in [0, 1], --ema above 0."),
+            (args.lora_rank >= 0 and args.lora_alpha > 0 and 0 <= args.lora_dropout < 1, f"--lora_rank {args.lora_rank}, --lora_alpha {args.lora_alpha}, --lora_dropout {args.lora_dropout}: expected >= 0, > 0 and in [0, 1)."),
+            (min(args.steps, args.epochs, args.mc_rollouts, args.micro_tokens, args.max_prompt, args.max_new_tokens, args.eval_new_tokens) >= 1, "--steps, --epochs, --mc_rollouts, --micro_tokens, --max_prompt, --max_new_tokens and --eval_new_tokens must be at least 1."),
+            (min(args.max_tokens, args.eval_every, args.eval_limit, args.save_every, args.rollouts_every, args.critic_warmup, args.seed) >= 0, "--max_tokens, --eval_every, --eval_limit, --save_every, --rollouts_every, --critic_warmup and --seed must not be negative."),
+            (min(args.kl_coef, args.distill_coef) >= 0 and args.clip > 0 and args.weight_clip > 0, f"--kl_coef {args.kl_coef} and --distill_coef {args.distill_coef} must not be negative, --clip {args.clip} and --weight_clip {args.weight_clip} must be above 0."),
+            (args.group_size >= 1 and args.batch_size >= 1 and args.batch_size % args.group_size == 0, f"--batch_size {args.batch_size} is no multiple of --group_size {args.group_size}; expected whole groups."),
+            (args.group_size > 1 or not rl or not compared, "--group_size is 1: a sample alone has nothing to be compared with, and every advantage would be 0. Expected 2 or more."),
+            (compared or not args.baseline, f"--baseline {args.baseline} compares task rewards in a group; --critic and --reward {args.reward} credit steps instead. Leave one out."),
+            (not args.critic or rl and args.reward != "none", "--critic without rewards has nothing to predict; expected --reward task or teacher."),
+            (rl or not (args.teacher or args.kl_coef) and args.epochs == 1, "--objective sft learns traces alone; --teacher, --kl_coef and --epochs are not for it."),
+            (args.teacher or not (args.distill_coef or args.reward == "teacher" or args.behaviour == "teacher" or args.teacher_adapter), "--distill_coef, --reward teacher, --behaviour teacher and --teacher_adapter need --teacher PATH."),
+            (not args.teacher or args.distill_coef or args.reward == "teacher" or args.behaviour == "teacher", "--teacher is given, but nothing asks for it; expected --distill_coef, --reward teacher or --behaviour teacher."),
+            (args.reward != "none" or args.distill_coef, "--reward none leaves nothing to learn from; expected a --distill_coef above 0."),
+            (args.behaviour == "student" or not (steps_credited or args.epochs > 1), "--behaviour teacher weighs whole completions by task rewards; --critic, --reward teacher and --epochs need the student's own."),
+            (not args.kl_coef or args.lora_rank or args.adapter, "--kl_coef compares with the student without its adapter, and --lora_rank 0 leaves none.")):
+        if not good:
+            raise InputError(sentence)
+    args.baseline = args.baseline or "expectation"
+    args.out = args.out or f"out/{args.preset}-{args.group}-{method}-{args.seed}"
     return args
 
 
@@ -117,10 +170,13 @@ class Sample:
     prefix_ids: list
     completion_ids: list
     sampler_logps: list = None
+    tree: int = 0              # its place among the trees
     reward: float = 0.0
     truncated: bool = False
     value: float = 0.0
-    advantage: float = 1.0
+    advantage: object = 1.0    # one number, or one a token
+    steps: list = None         # where the completion's reasoning steps begin, if they are credited one by one
+    targets: list = None       # what the critic should have said before each
 
 
 def shuffled(place, count, seed):
@@ -130,60 +186,88 @@ def shuffled(place, count, seed):
     return np.random.default_rng((seed, epoch, 0, 0, 1)).permutation(count)[place]
 
 
-def rollout(model, tokenizer, trees, step, args, rank=0, world=1):
-    """This rank's groups of one step, completed, graded, and compared.
+def rollout(policy, tokenizer, trees, history, step, args, rank=0, world=1):
+    """This rank's groups of one step, completed by the policy, graded, and compared.
 
     Everything drawn derives from (seed, step, group), never from the rank or an earlier step: any number of ranks
     samples the same batch, and a resumed run replays nothing.
-    Returns samples (list of Sample) and one dict of figures a group.
+    history   per tree (P,): the student's mean reward at each prefix so far, nan where it has not been
+    Returns samples (list of Sample), one dict of figures a group, and the number of generated tokens.
     """
-    samples, drawn = [], []
+    samples, drawn, prompts, seeds = [], [], [], []
     for g in range(rank, args.batch_size // args.group_size, world):
-        tree = trees[shuffled(step * (args.batch_size // args.group_size) + g, len(trees), args.seed)]
-        rng = np.random.default_rng((args.seed, step, g))
+        place = shuffled(step * (args.batch_size // args.group_size) + g, len(trees), args.seed)
+        tree, rng = trees[place], np.random.default_rng((args.seed, step, g))
         nodes = sample_group(tree, args.group_size, args.group, rng, root=not args.no_root)
-        drawn.append((g, tree, nodes))
-        samples += [Sample(g, int(node), tree.prefix_ids(node), []) for node in nodes]
-    # from 1 on, for the same reason: (seed, step, group, 0) is (seed, step, group), which drew the prefixes
-    seeds = [(args.seed, step, sample.group, k % args.group_size + 1) for k, sample in enumerate(samples)]
-    completions, logps = evaluate.generate(model, tokenizer, [s.prefix_ids for s in samples], args.max_new_tokens,
-                                           args.temperature, seeds, return_logps=True)
-    eos = evaluate.eos_ids(model, tokenizer)
-    figures = []
-    for k, (g, tree, nodes) in enumerate(drawn):
-        members = samples[k * args.group_size:(k + 1) * args.group_size]
-        for i, sample in enumerate(members, k * args.group_size):
-            sample.completion_ids, sample.sampler_logps = completions[i], logps[i]
-            sample.truncated = completions[i][-1] not in eos
-            text = evaluate.decode(tokenizer, completions[i])
-            sample.reward = float(not sample.truncated and evaluate.is_correct(text, tree.answer, strict=True))
-        figures.append(compare(members, tree, nodes, args))
-    return samples, figures
+        fresh = np.repeat(np.unique(nodes), args.mc_rollouts) if args.baseline == "mc" else nodes[:0]  # App. A.9
+        samples += [Sample(g, int(node), tree.prefix_ids(node), [], tree=int(place)) for node in nodes]
+        drawn.append((place, nodes, fresh))
+        prompts += [tree.prefix_ids(node) for node in (*nodes, *fresh)]
+        # the last number from 1 on: numpy takes (seed, step, group, 0) for (seed, step, group), which drew the prefixes
+        seeds += [(args.seed, step, g, k + 1) for k in range(len(nodes) + len(fresh))]
+    completions, logps = evaluate.generate(policy, tokenizer, prompts, args.max_new_tokens, args.temperature, seeds, return_logps=True)
+    eos, figures, waiting = evaluate.eos_ids(policy, tokenizer), [], iter(zip(completions, logps))
+
+    def grade(ids, answer):
+        return float(ids[-1] in eos and evaluate.is_correct(evaluate.decode(tokenizer, ids), answer, strict=True))
+    for k, (place, nodes, fresh) in enumerate(drawn):
+        members, tree = samples[k * args.group_size:(k + 1) * args.group_size], trees[place]
+        for sample, (ids, values) in zip(members, waiting):
+            sample.completion_ids, sample.sampler_logps = ids, values
+            sample.reward, sample.truncated = grade(ids, tree.answer), ids[-1] not in eos
+        again = np.array([grade(ids, tree.answer) for _, (ids, _) in zip(fresh, waiting)])
+        mc = np.full(len(tree.parent), np.nan)
+        for node in np.unique(fresh):
+            mc[node] = again[fresh == node].mean()
+        figures.append(compare(members, tree, nodes, dict(mc=mc, history=history[place]), args))
+    return samples, figures, sum(map(len, completions))
 
 
-def compare(members, tree, nodes, args):
-    """Set the advantages of one group (Sec. 3.2, 3.3) and return the figures that Figure 4 plots."""
+def compare(members, tree, nodes, known, args):
+    """Set the advantages of one group (Sec. 3.2, 3.3) and return the figures that Figure 4 plots.
+
+    known   what else is known of the tree's prefixes, (P,) each: fresh rollouts, history
+    """
     rewards, info = np.array([s.reward for s in members]), {}
     teacher = np.array(tree.value) / np.maximum(tree.visits, 1)
-    a = advantage.advantages(args.baseline, nodes, tree.parent, rewards, alpha=args.alpha, teacher=teacher, info=info)
+    a = advantage.advantages(args.baseline, nodes, tree.parent, rewards, alpha=args.alpha, teacher=teacher, info=info, **known)
     values = advantage.value("expectation", nodes, tree.parent, rewards)
     for k, sample in enumerate(members):
         sample.advantage, sample.value = float(a[k]), float(values[k])
     constraints = advantage.order_constraints(nodes, tree.parent, rewards)
+    everything = advantage.order_constraints(nodes, tree.parent, rewards, drop_contradictions=False)
     figures = dict(reward=rewards.mean(), dead=float(rewards.min() == rewards.max()), fallback=float(info.get("fallback", "none") != "none"),
-                   sat_pair=advantage.satisfaction(a, constraints.pair), sat_triplet=advantage.satisfaction(a, constraints.triplet),
-                   dropped=constraints.dropped)
+                   sat=advantage.satisfaction(a, constraints), sat_pair=advantage.satisfaction(a, constraints.pair),
+                   sat_triplet=advantage.satisfaction(a, constraints.triplet), sat_all=advantage.satisfaction(a, everything), dropped=constraints.dropped)
     if not figures["dead"]:
         figures.update(adv_var=a.var(), adv_var_scaled=a.var() / np.abs(a).mean() ** 2)
     return figures
 
 
-def parse_trace(row, number):
-    """A trace's question and steps, to learn by heart."""
-    if "nodes" in row:
-        raise InputError("this is a search or a tree, which has no one solution; --objective sft expects traces, with \"steps\".")
-    _, question, _, nodes = parse_prefixes(row, number)
-    return question, [step for _, step, *_ in nodes[1:]]
+@torch.no_grad()
+def credit_steps(samples, models, tokenizer, args):
+    """Credit reasoning steps instead of whole completions, rows (a) to (c) of Table 2: GAE's advantages, and targets for the critic.
+
+    A step's reward is log p(teacher) - log p(student) of its tokens, whose expected sum is -KL(student || teacher); or the task's, at the
+    last step. Without a critic V is 0 and lambda 1: then the advantage is the discounted return, and the loss is REINFORCE.
+    """
+    student, teacher, critic = models
+    values, logps = {}, {}  # by id(sample): before each step, of each token
+    for s in samples:
+        s.steps = evaluate.step_starts(student, tokenizer, s.completion_ids)
+    for members, rows in cut(samples, models, args):
+        if critic:
+            parts = evaluate.step_values(critic, members, rows).cpu().split([len(s.steps) for s in members])
+            values |= zip(map(id, members), parts)
+        if args.reward == "teacher":
+            logits, target, _ = evaluate.completion_logits(teacher, members, rows, args.temperature)
+            parts = evaluate.log_probs(logits, target).cpu().split([len(s.completion_ids) for s in members])
+            logps |= zip(map(id, members), parts)
+    for s in samples:
+        task = np.r_[np.zeros(len(s.steps) - 1), s.reward]
+        rewards = np.add.reduceat(logps[id(s)].numpy() - s.sampler_logps, s.steps) if args.reward == "teacher" else task
+        a, s.targets = advantage.gae(rewards, np.array(values.get(id(s), task * 0)), args.gamma, args.gae_lambda if critic else 1.0)
+        s.advantage = np.repeat(a, np.diff([*s.steps, len(s.completion_ids)]))
 
 
 def sft_batch(traces, step, args, rank=0, world=1):
@@ -198,90 +282,147 @@ def sft_batch(traces, step, args, rank=0, world=1):
 # ---------------------------------------------------------------------------------------------------
 # Update
 
-def micro_batches(samples, micro_tokens, row_tokens=0):
-    """Split samples into forward passes of at most `micro_tokens` tokens, padding included, where one sample allows it.
+class Models(NamedTuple):
+    """Who takes part. Only the student, and the critic where there is one, learn."""
+    student: object
+    teacher: object = None
+    critic: object = None
 
-    row_tokens    a group shares one packed row, halved until it has no more tokens than this; 0: every sample has its own row
-    Yields (members, rows): the samples in the order of the rows' paths, and the packed rows themselves.
+
+class Scale(NamedTuple):
+    """1 / (samples, completion tokens, reasoning steps) of the whole step over all ranks: micro-batches and ranks never change the objective."""
+    sample: float
+    token: float = 0.0
+    state: float = 0.0
+
+
+def cut(samples, models, args):
+    """The samples in micro-batches of packed rows; of padded ones where one of the models takes no tree masks."""
+    return micro_batches(samples, args.micro_tokens, 0 if args.no_pack else min(evaluate.row_tokens(model) for model in models if model))
+
+
+def surrogate(logps, old, advantages, sample, args):
+    """What to maximise, a number a token (n,). At ratio 1 each variant has the gradient of A log pi, the policy gradient of Sec. 3.4.
+
+    old       (n,) log-probs under the policy that sampled
+    sample    (n,) which sample a token belongs to
     """
-    groups = {}
-    for k, sample in enumerate(samples):
-        groups.setdefault(sample.group if row_tokens else k, []).append(sample)
-    queue, rows = list(groups.values()), []
-    while queue:
-        members = queue.pop()
-        row = pack([s.prefix_ids for s in members], [s.completion_ids for s in members])
-        if len(row[0]) > min(micro_tokens, row_tokens) and len(members) > 1:
-            queue += [members[len(members) // 2:], members[:len(members) // 2]]
-        else:
-            rows.append((members, row))
-    rows.sort(key=lambda row: -len(row[1][0]))
-    while rows:
-        fit = max(1, micro_tokens // len(rows[0][1][0]))
-        yield [s for members, _ in rows[:fit] for s in members], [row for _, row in rows[:fit]]
-        rows = rows[fit:]
+    if args.behaviour == "teacher":  # Sec. 3.1: w = pi(c | p) / pi_T(c | p) of a whole completion. As dw = w d log pi, w is a constant here
+        weight = log_weights(logps, old, sample).clamp(max=math.log(args.weight_clip)).exp()
+        return weight[sample] * advantages * logps
+    if args.epochs > 1:  # PPO's clipped ratio, a token at a time, as GRPO has it
+        ratio = (logps - old).exp()
+        return torch.minimum(ratio * advantages, ratio.clamp(1 - args.clip, 1 + args.clip) * advantages)
+    return advantages * logps
 
 
-def completion_logps(model, members, rows, temperature):
-    """Log-probabilities of the completion ids, flat, and the sample each belongs to: (n,), (n,).
+def log_weights(logps, old, sample):
+    """log pi(c | p) - log pi_behaviour(c | p) of every sample (N,), without gradient."""
+    return torch.zeros(int(sample.max()) + 1, device=logps.device).index_add(0, sample, logps.detach() - old)
 
-    The one place where log-probs meet ids: the id at place t of a sequence is predicted at place t - 1.
-    Logits are computed at those places alone, and their log-softmax in float32.
+
+def divergence(logits, other, direction):
+    """KL between next-token distributions over the full vocabulary, (n,). logits (n, V) are the student's and have the gradient.
+
+    direction   "student_teacher" is KL(student || other), the field's reverse KL; "teacher_student" is KL(other || student), which App. B prints.
     """
-    ids, position, mask = evaluate.pad_rows(rows, model)  # (B, L), (B, L), (B, 1, L, L)
-    paths = [(r, path) for r, row in enumerate(rows) for path in row[3]]
-    row, place, target, sample = [], [], [], []
-    for k, (member, (r, path)) in enumerate(zip(members, paths)):
-        first = len(member.prefix_ids)
-        row += [r] * (len(path) - first)
-        place += path[first - 1:-1].tolist()
-        target += member.completion_ids
-        sample += [k] * (len(path) - first)
-    row, place, target, sample = (torch.tensor(x, device=model.device) for x in (row, place, target, sample))
-    keep, column = place.unique(return_inverse=True)
-    logits = model(ids, attention_mask=mask, position_ids=position, use_cache=False, logits_to_keep=keep).logits  # (B, kept, V)
-    logps = -torch.nn.functional.cross_entropy(logits[row, column].float() / temperature, target, reduction="none")
-    return logps, sample
+    width = min(logits.shape[1], other.shape[1])  # models of one tokenizer may pad their vocabularies differently
+    p, q = (torch.log_softmax(x[:, :width], dim=-1) for x in (logits, other))
+    if direction == "teacher_student":
+        p, q = q, p
+    return torch.nn.functional.kl_div(q, p, log_target=True, reduction="none").sum(-1)  # torch takes the second distribution first
 
 
-def accumulate(model, samples, scale, args):
-    """Add the gradient of this rank's share of the loss, -scale sum_k A_k sum_t log pi(c_kt | p_k, c_k<t) (Sec. 3.4).
+def accumulate(models, samples, scale, args, warm_up=False):
+    """Add the gradient of this rank's share of the loss:
 
-    scale     1 / (samples of the whole step, over all ranks): micro-batches and ranks never change the objective
-    Returns the loss and the sampler-trainer gaps |log pi(sampler) - log pi(trainer)|, one a token.
-    A sample of advantage 0 adds nothing: no pass is spent on it.
+        - sum_k A_k sum_t log pi(c_kt | p_k, c_k<t) scale.sample                              (Sec. 3.4)
+        + (distill_coef KL(student, teacher) + kl_coef KL(student || no adapter)) scale.token  (App. B), a mean over completion tokens
+        + (V_phi(s) - target)^2 scale.state                                                   (App. B), a mean over reasoning steps
+
+    warm_up   train the critic alone
+    Returns lists of figures: a loss a micro-batch; gap |log pi(sampler) - log pi(trainer)| and kl a token; log_weight a sample; the
+    members of micro-batches whose loss is not finite. Where only advantages count, a sample of advantage 0 adds nothing: no pass is spent on it.
     """
-    loss, gaps = 0.0, []
-    samples = [s for s in samples if s.advantage != 0]
-    for members, rows in micro_batches(samples, args.micro_tokens, 0 if args.no_pack else evaluate.row_tokens(model)):
-        logps, sample = completion_logps(model, members, rows, args.temperature)
-        advantages = torch.tensor([s.advantage for s in members], device=logps.device)[sample]
-        micro_loss = -scale * (advantages * logps).sum()
-        micro_loss.backward()
-        loss += micro_loss.item()
-        if members[0].sampler_logps:
-            gaps += (logps.detach().cpu() - torch.tensor([x for s in members for x in s.sampler_logps])).abs().tolist()
-    return loss, gaps
+    student, teacher, critic = models
+    stats = dict(loss=[], gap=[], kl=[], log_weight=[], critic_loss=[], bad=[])
+    if not (args.distill_coef or args.kl_coef or critic):
+        samples = [s for s in samples if np.any(s.advantage)]
+    for members, rows in cut(samples, models, args):
+        loss = torch.zeros((), device=student.device)
+        if not warm_up:
+            logits, target, sample = evaluate.completion_logits(student, members, rows, args.temperature)
+            logps = evaluate.log_probs(logits, target)
+            old = torch.tensor([x for s in members for x in s.sampler_logps or [0.0] * len(s.completion_ids)], device=logps.device)
+            advantages = np.concatenate([np.broadcast_to(s.advantage, len(s.completion_ids)) for s in members])
+            advantages = torch.tensor(advantages, dtype=torch.float32, device=logps.device)
+            loss = loss - scale.sample * surrogate(logps, old, advantages, sample, args).sum()
+            if args.behaviour == "teacher":
+                stats["log_weight"] += log_weights(logps, old, sample).tolist()
+            elif members[0].sampler_logps:
+                stats["gap"] += (logps.detach() - old).abs().tolist()
+            for coef, other, direction in ((args.distill_coef, teacher, args.kl), (args.kl_coef, student, "student_teacher")):
+                if coef:
+                    with torch.no_grad(), student.disable_adapter() if other is student else nullcontext():
+                        theirs, _, _ = evaluate.completion_logits(other, members, rows, args.temperature)
+                    kl = divergence(logits, theirs, direction)
+                    loss = loss + coef * scale.token * kl.sum()
+                    stats["kl"] += kl.tolist()
+        if critic:
+            targets = torch.tensor(np.concatenate([s.targets for s in members]), dtype=torch.float32, device=student.device)
+            critic_loss = scale.state * (evaluate.step_values(critic, members, rows) - targets).square().sum()
+            stats["critic_loss"].append(critic_loss.item())
+            loss = loss + critic_loss
+        loss.backward()
+        stats["loss"].append(loss.item())
+        if not math.isfinite(stats["loss"][-1]):
+            stats["bad"] += members
+    return stats
 
 
-def update(model, optimizer, params, samples, scale, lr, args, world):
-    """One step of AdamW on the loss of the whole batch. Returns this rank's loss and gaps, and the gradient's norm."""
-    model.train()
-    loss, gaps = accumulate(model, samples, scale, args)
-    model.eval()
-    all_reduce_gradients(params, world)
-    grad_norm = torch.nn.utils.clip_grad_norm_(params, 1.0).item()
-    optimizer.param_groups[0]["lr"] = lr
-    optimizer.step()
-    optimizer.zero_grad()
-    return loss, gaps, grad_norm
+def update(models, optimizer, samples, scale, lr_share, args, rank=0, world=1, warm_up=False):
+    """`--epochs` steps of AdamW on the loss of the whole batch. Returns this rank's figures of the first, and the gradient's norm.
+
+    lr_share   the schedule's factor on each learning rate
+    """
+    for epoch in range(args.epochs):
+        stats = None
+        models.student.train()
+        while stats is None:
+            try:
+                stats = accumulate(models, samples, scale, args, warm_up)
+            except RuntimeError as error:
+                if not evaluate.out_of_memory(error) or args.micro_tokens == 1:
+                    raise
+                optimizer.zero_grad()
+                args.micro_tokens //= 2
+                print(f"rank {rank}: out of memory in the update; going on with --micro_tokens {args.micro_tokens}, the same objective", flush=True)
+        models.student.eval()
+        groups = [group["params"] for group in optimizer.param_groups]
+        all_reduce_gradients([p for params in groups for p in params], world, poison=bool(stats["bad"]))
+        norms = [torch.nn.utils.clip_grad_norm_(params, 1.0).item() for params in groups]  # the student's, the critic's
+        if all(map(math.isfinite, norms)):
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * lr_share
+            optimizer.step()
+        else:  # the same on every rank
+            dump(stats["bad"] or samples, os.path.join(args.out, f"nonfinite-{rank}.jsonl"))
+            sentence = f"the loss or the gradient is not finite; the samples concerned are in {args.out}/nonfinite-RANK.jsonl."
+            if args.nonfinite == "abort":
+                raise InputError(f"{sentence} Expected finite numbers: lower --lr, or look at the samples. --nonfinite skip would go on.")
+            print(f"rank {rank}: {sentence} This update is skipped", flush=True)
+        optimizer.zero_grad()
+        first = (stats, norms[0]) if epoch == 0 else first
+    return first
 
 
-def all_reduce_gradients(params, world):
-    """Sum the gradients over ranks with one flat all_reduce; a rank without work contributes zeros."""
+def all_reduce_gradients(params, world, poison=False):
+    """Sum the gradients over ranks with one flat all_reduce; a rank without work contributes zeros, one whose loss was not finite nan."""
     for p in params:
         if p.grad is None:
             p.grad = torch.zeros_like(p)
+    if poison:
+        params[0].grad.fill_(math.nan)
     if world > 1:
         flat = torch.cat([p.grad.flatten() for p in params])
         dist.all_reduce(flat)
@@ -301,27 +442,34 @@ def gather(item, world):
 # ---------------------------------------------------------------------------------------------------
 # Checkpoints: one safetensors file of weights, Adam's moments and the step, written aside and renamed
 
-def save(model, tokenizer, optimizer, names, step, tokens, args):
+def save(model, tokenizer, optimizer, names, step, tokens, history, args):
     """Write the checkpoint, keeping the previous one, and the model (or its PEFT adapter) at the top of the run folder."""
-    state = {f"weight/{name}": p.detach() for name, p in names.items()}
+    state = {f"weight/{name}": p.detach() for name, p in names.items()} | {"history": torch.from_numpy(np.concatenate([*history, [0.0]]))}
     for name, p in names.items():
         state |= {f"{key}/{name}": optimizer.state[p][key] for key in ("exp_avg", "exp_avg_sq", "step") if p in optimizer.state}
-    path = os.path.join(args.out, "checkpoint.safetensors")
+    path, aside = (os.path.join(args.out, name) for name in ("checkpoint.safetensors", "model.tmp"))
     metadata = {"step": str(step), "tokens": str(tokens), "args": json.dumps(vars(args))}
-    save_file({key: value.contiguous().cpu() for key, value in state.items()}, path + ".tmp", metadata)
+    try:
+        save_file({key: value.contiguous().cpu() for key, value in state.items()}, path + ".tmp", metadata)
+        model.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"the checkpoint of step {step} cannot be written to {args.out}: {error}. The one before is intact; make room and --resume.") from None
     if os.path.exists(path):
         os.replace(path, os.path.join(args.out, "checkpoint.previous.safetensors"))
     os.replace(path + ".tmp", path)
-    model.save_pretrained(args.out)
-    tokenizer.save_pretrained(args.out)
+    for name in os.listdir(aside):
+        os.replace(os.path.join(aside, name), os.path.join(args.out, name))
+    os.rmdir(aside)
 
 
-def restore(model, optimizer, names, args):
-    """Load the run folder's checkpoint into model and optimizer; returns (steps done, tokens generated)."""
-    path = os.path.join(args.out, "checkpoint.safetensors")
-    if not os.path.exists(path):
+def restore(optimizer, names, history, args):
+    """Load the run folder's checkpoint into the weights, the optimizer and the history; returns (steps done, tokens generated)."""
+    paths = [os.path.join(args.out, f"checkpoint{kind}.safetensors") for kind in ("", ".previous")]  # a kill between two renames leaves the latter
+    path = next(filter(os.path.exists, paths), None)
+    if path is None:
         raise InputError(f"there is no checkpoint in {args.out}. Expected one that --save_every wrote; without --resume a run starts anew.")
-    with safe_open(path, "pt", device=str(model.device)) as state:
+    with safe_open(path, "pt") as state:
         saved = json.loads(state.metadata()["args"])
         differ = [f"--{key} was {saved.get(key)} and is {value}" for key, value in vars(args).items() if key not in MAY_DIFFER and saved.get(key) != value]
         if differ and not args.force:
@@ -329,8 +477,11 @@ def restore(model, optimizer, names, args):
         for name, p in names.items():
             with torch.no_grad():
                 p.copy_(state.get_tensor(f"weight/{name}"))
-            optimizer.state[p] = {key: state.get_tensor(f"{key}/{name}") for key in ("exp_avg", "exp_avg_sq", "step")}
-            optimizer.state[p]["step"] = optimizer.state[p]["step"].cpu()
+            optimizer.state[p] = {key: state.get_tensor(f"{key}/{name}").to("cpu" if key == "step" else p.device) for key in ("exp_avg", "exp_avg_sq", "step")}
+        kept = state.get_tensor("history").numpy()
+        if len(kept) == sum(map(len, history)) + 1:  # else --force goes on with other trees
+            for old, new in zip(history, np.split(kept, np.cumsum([len(h) for h in history]))):
+                old[:] = new
         return int(state.metadata()["step"]), int(state.metadata()["tokens"])
 
 
@@ -355,50 +506,14 @@ def open_run(args, start):
     return logs
 
 
+def dump(samples, path):
+    """Append samples to a JSONL file, to be looked at."""
+    with open(path, "a", encoding="utf-8") as out:
+        out.writelines(json.dumps(vars(s), default=lambda x: x.tolist()) + "\n" for s in samples)
+
+
 # ---------------------------------------------------------------------------------------------------
-# The loop
-
-def set_up(args, device):
-    """Data first, since its errors are cheap, then the student: (model, tokenizer, training data, held-out problems)."""
-    problems = read_problems(args.eval_data, args.eval_limit, args.skip_bad) if args.eval_every else []
-    if args.objective == "sft":
-        rows = list(read_jsonl(args.trees, parse_trace, args.skip_bad))
-    else:
-        trees = read_trees(args.trees, args.skip_bad)
-    torch.manual_seed(args.seed)  # the fresh adapter's A
-    model, tokenizer = evaluate.load(args.model, args.adapter, device, trainable=True, trust_remote_code=args.trust_remote_code)
-    if args.lora_rank == 0:
-        model = model.float().requires_grad_(True)
-    elif not args.adapter:
-        model = get_peft_model(model, LoraConfig(r=args.lora_rank, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout,
-                                                 target_modules="all-linear", task_type="CAUSAL_LM"))
-    encode = lambda question, steps: evaluate.encode(tokenizer, question, steps)
-    if args.objective == "sft":
-        traces = []
-        for question, steps in rows:
-            prompt, *ids = encode(question, steps[:-1])
-            last = tokenizer(steps[-1], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-            traces.append((prompt, [token for step in ids + [last] for token in step]))
-        return model, tokenizer, traces, problems
-    trees, dropped = tokenize(trees, encode, args.max_prompt)
-    if not trees:
-        raise InputError(f"no prefix of {args.trees} has at most {args.max_prompt} tokens; raise --max_prompt.")
-    if dropped:
-        print(f"dropped {dropped} prefixes of more than {args.max_prompt} tokens; {sum(len(t.steps) for t in trees)} are left")
-    return model, tokenizer, trees, problems
-
-
-def score(model, tokenizer, problems, step, args, rank, world):
-    """Greedy completions of the held-out problems, shared among the ranks, into eval-STEP.jsonl; prints the accuracy."""
-    rows = gather(evaluate.score(model, tokenizer, problems[rank::world], args.eval_new_tokens), world)
-    rows = [row for part in rows for row in part]
-    if rank == 0:
-        with open(os.path.join(args.out, f"eval-{step}.jsonl"), "w", encoding="utf-8") as out:
-            out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        accuracy, (low, high) = evaluate.summarise(rows)["greedy"]
-        print(f"step {step}: greedy accuracy {100 * accuracy:.1f} % on {len(rows)} held-out problems, "
-              f"95 % [{100 * low:.1f}, {100 * high:.1f}]", flush=True)
-
+# What a step has to say
 
 def mean(values):
     """Mean of what is a number; nan where nothing is."""
@@ -419,97 +534,219 @@ def peak_memory():
 def report(step, parts, clock, tokens, args):
     """The figures of one step over all ranks, as README defines them: one object of log.jsonl.
 
-    parts    every rank's (samples, figures of groups, loss, gaps)
+    parts    every rank's (samples, figures of groups, generated tokens, stats of the update)
     """
-    samples, figures, gaps = ([x for part in parts for x in part[k]] for k in (0, 1, 3))
-    lengths = [len(s.completion_ids) for s in samples]
-    row = dict(step=step, loss=sum(part[2] for part in parts), length=mean(lengths), tokens=tokens + sum(lengths))
+    samples, figures = ([x for part in parts for x in part[k]] for k in (0, 1))
+    stats = {name: [x for part in parts for x in part[3][name]] for name in parts[0][3]}
+    generated = sum(part[2] for part in parts)
+    row = dict(step=step, loss=sum(stats["loss"]), length=mean([len(s.completion_ids) for s in samples]), tokens=tokens + generated)
     if figures:
         row |= {name: mean([f.get(name) for f in figures]) for name in
-                ("reward", "dead", "sat_pair", "sat_triplet", "dropped", "adv_var", "adv_var_scaled", "fallback")}
-        row |= dict(truncated=mean([s.truncated for s in samples]), entropy=-mean([x for s in samples for x in s.sampler_logps]),
-                    gap=mean(gaps), gap_max=max(gaps, default=float("nan")))
-    return row | dict(tokens_per_s=sum(lengths) / (clock[2] - clock[0]), seconds_rollout=clock[1] - clock[0],
+                ("reward", "dead", "sat", "sat_pair", "sat_triplet", "sat_all", "dropped", "adv_var", "adv_var_scaled", "fallback")}
+        row |= dict(sat_sd=float(np.std([f["sat"] for f in figures if f.get("sat", math.nan) == f.get("sat", math.nan)] or [math.nan])), truncated=mean([s.truncated for s in samples]),
+                    entropy=-mean([x for s in samples for x in s.sampler_logps]), gap=mean(stats["gap"]), gap_max=max(stats["gap"], default=math.nan))
+    if stats["kl"]:
+        row["kl"] = mean(stats["kl"])
+    if stats["critic_loss"]:
+        row["critic_loss"] = sum(stats["critic_loss"])
+    if stats["log_weight"]:
+        weights = np.exp(np.minimum(stats["log_weight"], math.log(args.weight_clip)))
+        row |= dict(ess=weights.sum() ** 2 / (weights ** 2).sum() / len(weights), clipped=float(np.mean(weights >= args.weight_clip * 0.999)))
+    return row | dict(tokens_per_s=generated / (clock[2] - clock[0]), seconds_rollout=clock[1] - clock[0],
                       seconds_update=clock[2] - clock[1], peak_memory_mb=peak_memory())
 
 
 def write_logs(logs, row, samples, tokenizer, args):
-    """One line of log.jsonl, and every so many steps this rank's samples to rollouts.jsonl."""
+    """One line of log.jsonl, and every so many steps the samples to rollouts.jsonl."""
     log, rollouts = logs
     log.write(json.dumps({key: None if value != value else value for key, value in row.items()}) + "\n")
     if args.rollouts_every and row["step"] % args.rollouts_every == 0:
-        for s in samples:
+        for s in sorted(samples, key=lambda s: s.group):
             texts = dict(prefix=tokenizer.decode(s.prefix_ids), completion=tokenizer.decode(s.completion_ids))
-            figures = dict(reward=s.reward, value=s.value, advantage=s.advantage, truncated=s.truncated)
+            figures = dict(reward=s.reward, value=s.value, advantage=float(np.mean(s.advantage)), truncated=s.truncated)
             rollouts.write(json.dumps(dict(step=row["step"], group=s.group, node=s.node, **texts, **figures), ensure_ascii=False) + "\n")
 
 
-def progress_line(row, seconds, args):
-    """One step as one line: what a person watches. seconds a step give the ETA."""
-    done, eta = row["step"] + 1, seconds * (args.steps - row["step"] - 1)
-    parts = [f"step {done}/{args.steps} {100 * done // args.steps:3d} %", f"loss {row['loss']:+.3f}"]
+def progress_line(row, done, seconds, args):
+    """One step as one line: what a person watches. `done` is the run's share, `seconds` what is left of it."""
+    parts = [f"step {row['step'] + 1}" + ("" if args.max_tokens else f"/{args.steps}") + f" {int(100 * min(done, 1)):3d} %", f"loss {row['loss']:+.3f}"]
     if "reward" in row:
-        parts += [f"{name} {row[name]:.2f}" for name in ("reward", "dead", "entropy", "truncated")] + [f"gap {row['gap']:.0e}"]
-    parts += [f"length {row['length']:.0f}", f"grad {row['grad_norm']:.2f}", f"{row['tokens_per_s']:.0f} tok/s", f"ETA {eta // 60:.0f}:{eta % 60:02.0f}"]
+        parts += [f"{name} {row[name]:.2f}" for name in ("reward", "dead", "entropy", "truncated")]
+    parts += [f"gap {row['gap']:.0e}"] if row.get("gap", math.nan) == row.get("gap", math.nan) else []
+    parts += [f"{name} {row[name]:.3f}" for name in ("kl", "critic_loss", "ess") if name in row]
+    parts += [f"length {row['length']:.0f}", f"grad {row['grad_norm']:.2f}", f"{row['tokens_per_s']:.0f} tok/s", f"ETA {seconds // 60:.0f}:{seconds % 60:02.0f}"]
     return " | ".join(parts) + ("  every group is dead: equal rewards, nothing to learn from" if row.get("dead") == 1 else "")
 
 
-def finish(args, minutes, evaluated):
+def warn(row, samples, trees, tokenizer, args):
+    """Say what is probably wrong with a run: a sampler that is not the trainer, or rewards that never come."""
+    if row.get("gap", 0) > 1e-2:
+        print(f"sampler and trainer differ by {row['gap']:.2g} nat a token: the update is of another policy than the one that sampled. "
+              "Likely causes: --lora_dropout, bf16 weights, or a model whose attention depends on how rows are batched (try --no_pack).")
+    if row["step"] == 49 and "reward" in row:
+        with open(os.path.join(args.out, "log.jsonl"), encoding="utf-8") as lines:
+            if any(json.loads(line)["reward"] for line in lines):
+                return
+        print("no reward in the first 50 steps, which is nearly always the prompt or the grader. Three completions:")
+        for s in samples[:3]:
+            text = evaluate.decode(tokenizer, s.completion_ids)
+            print(f"  {json.dumps(text[-300:])}\n  extracted {json.dumps(evaluate.extract_answer(text, strict=True))}, expected {json.dumps(trees[s.tree].answer)}")
+
+
+# ---------------------------------------------------------------------------------------------------
+# The loop
+
+def set_up(args, device):
+    """Data first, since its errors are cheap, then the models: (Models, tokenizer, training data, held-out problems)."""
+    problems = read_problems(args.eval_data, args.eval_limit, args.skip_bad) if args.eval_every else []
+    if args.objective == "sft":
+        rows = [trace for traces in read_jsonl(args.trees, parse_traces, args.skip_bad) for trace in traces]
+        if not rows:
+            raise InputError(f"no solution in {args.trees} came to a right answer; there is nothing to learn by heart.")
+    else:
+        trees = read_trees(args.trees, args.skip_bad)
+    if args.teacher:
+        evaluate.check_vocabulary(args.teacher, args.model, args.trust_remote_code)
+    torch.manual_seed(args.seed)  # the fresh adapter's A, the critic's head
+    load = partial(evaluate.load, device=device, trust_remote_code=args.trust_remote_code)
+    student, tokenizer = load(args.model, args.adapter, trainable=True)
+    if args.lora_rank == 0:
+        student = student.float().requires_grad_(True)
+    elif not args.adapter:
+        student = get_peft_model(student, LoraConfig(r=args.lora_rank, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout,
+                                                     target_modules="all-linear", task_type="CAUSAL_LM"))
+    models = Models(student, load(args.teacher, args.teacher_adapter)[0].requires_grad_(False) if args.teacher else None,
+                    evaluate.load_critic(args.critic, device) if args.critic else None)
+    encode = lambda question, steps: evaluate.encode(tokenizer, question, steps)
+    if args.objective == "sft":
+        traces = []
+        for question, steps in rows:
+            prompt, *ids = encode(question, steps[:-1])
+            last = tokenizer(steps[-1], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+            traces.append((prompt, [token for step in ids + [last] for token in step]))
+        return models, tokenizer, traces, problems
+    trees, dropped = tokenize(trees, encode, args.max_prompt)
+    if not trees:
+        raise InputError(f"no prefix of {args.trees} has at most {args.max_prompt} tokens; raise --max_prompt.")
+    if dropped:
+        print(f"dropped {dropped} prefixes of more than {args.max_prompt} tokens; {sum(len(t.steps) for t in trees)} are left")
+    return models, tokenizer, trees, problems
+
+
+def score(model, tokenizer, problems, step, args, rank, world):
+    """Greedy completions of the held-out problems, shared among the ranks, into eval-STEP.jsonl; prints the accuracy. Once a step, however often resumed."""
+    path = os.path.join(args.out, f"eval-{step}.jsonl")
+    if gather(os.path.exists(path), world)[0]:
+        return
+    rows = gather(evaluate.score(model, tokenizer, problems[rank::world], args.eval_new_tokens), world)
+    rows = [row for part in rows for row in part]
+    if rank == 0:
+        with open(path + ".tmp", "w", encoding="utf-8") as out:
+            out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        os.replace(path + ".tmp", path)
+        accuracy, (low, high) = evaluate.summarise(rows)["greedy"]
+        print(f"step {step}: greedy accuracy {100 * accuracy:.1f} % on {len(rows)} held-out problems, "
+              f"95 % [{100 * low:.1f}, {100 * high:.1f}]", flush=True)
+
+
+def make_batch(models, tokenizer, data, history, step, args, rank, world):
+    """This rank's samples of one step, credited: (samples, figures of groups, generated tokens, Scale)."""
+    if args.objective == "sft":
+        samples, figures, generated = sft_batch(data, step, args, rank, world), [], 0
+    else:
+        policy = models.teacher if args.behaviour == "teacher" else models.student
+        samples, figures, generated = rollout(policy, tokenizer, data, history, step, args, rank, world)
+        if args.critic or args.reward == "teacher":
+            credit_steps(samples, models, tokenizer, args)
+        elif args.reward == "none":
+            for s in samples:
+                s.advantage = 0.0
+        if args.critic or args.reward != "task":  # what Figure 4 plots is of advantages that were not used
+            figures = [{key: f[key] for key in ("reward", "dead")} for f in figures]
+    counts = gather((sum(len(s.completion_ids) for s in samples), sum(len(s.steps or ()) for s in samples)), world)
+    tokens, states = map(sum, zip(*counts))
+    # policy gradient: sum over tokens, mean over samples; cross entropy: mean over tokens
+    return samples, figures, generated, Scale(1 / (tokens if args.objective == "sft" else args.batch_size), 1 / tokens, 1 / max(states, 1))
+
+
+def stop_on_signals():
+    """A list that SIGTERM and Ctrl-C write to: the step is finished, saved, and the run ends. A second one ends it at once."""
+    stopped = []
+
+    def note(number, _):
+        stopped.append(number)
+        signal.signal(number, signal.SIG_DFL)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, note)
+    return stopped
+
+
+def finish(args, step, minutes, evaluated):
     """Say what came out: before against after on the same problems."""
-    print(f"{args.steps} steps done, {minutes:.1f} minutes since the start or the resume; the model is in {args.out}")
+    print(f"{step} steps done, {minutes:.1f} minutes since the start or the resume; the model is in {args.out}")
     if evaluated:
-        before, after = (list(evaluate.read_scores(os.path.join(args.out, f"eval-{step}.jsonl")).values()) for step in (0, args.steps))
+        before, after = (list(evaluate.read_scores(os.path.join(args.out, f"eval-{k}.jsonl")).values()) for k in (0, step))
         print(f"greedy accuracy before and after: {evaluate.compare(before, after)}")
 
 
 def train(args):
-    """The run: set up, then for every step roll out, update, report, and now and then save and evaluate."""
+    """The run: set up, then evaluate now and then, roll out, update, report, save."""
     rank, world, device = evaluate.distributed()
-    # 1. data, student, optimiser, and where an earlier run stopped
-    model, tokenizer, data, problems = set_up(args, device)
-    names = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    params = list(names.values())
-    optimizer = torch.optim.AdamW(params, lr=args.lr, betas=(0.9, 0.95 if args.objective == "sft" else 0.999), weight_decay=0.0)
+    # 1. data, models, optimiser, and where an earlier run stopped
+    models, tokenizer, data, problems = set_up(args, device)
+    names = {name: p for name, p in models.student.named_parameters() if p.requires_grad}
+    groups = [dict(params=list(names.values()), peak_lr=args.lr)]
+    if models.critic:
+        names |= (of_critic := {f"critic.{name}": p for name, p in models.critic.named_parameters()})
+        groups.append(dict(params=list(of_critic.values()), peak_lr=args.critic_lr))
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95 if args.objective == "sft" else 0.999), weight_decay=0.0)
     schedule = get_cosine_schedule_with_warmup(optimizer, max(1, round(0.03 * args.steps)), args.steps + 1).lr_lambdas[0]
-    start, tokens = restore(model, optimizer, names, args) if args.resume else (0, 0)
+    history = [np.full(len(tree.parent), np.nan) for tree in data] if args.objective == "tree_opo" else []
+    step, tokens = restore(optimizer, names, history, args) if args.resume else (0, 0)
     if rank == 0:
-        logs = open_run(args, start)
-        print(f"{sum(p.numel() for p in params):,} trainable of {sum(p.numel() for p in model.parameters()):,} weights on "
-              f"{world} x {device.type}, {len(data)} problems, {args.group} groups, {args.baseline} baseline -> {args.out}")
-    # 2. the untrained student
-    if problems and start == 0:
-        score(model, tokenizer, problems, 0, args, rank, world)
-    begun = time.time()
-    for step in range(start, args.steps):
+        logs = open_run(args, step)
+        print(f"{sum(map(torch.numel, groups[0]['params'])):,} trainable of {sum(p.numel() for p in models.student.parameters()):,} weights on "
+              f"{world} x {device.type}, {len(data)} problems, {args.group} groups -> {args.out}")
+    stopped = stop_on_signals()
+    begun, share = time.time(), lambda: tokens / args.max_tokens if args.max_tokens else step / args.steps
+    first = share()
+    while True:
+        # 2. evaluate: before, after, and now and then
+        if problems and (share() >= 1 or step % args.eval_every == 0):
+            score(models.student, tokenizer, problems, step, args, rank, world)
+        if share() >= 1 or any(gather(bool(stopped), world)):
+            break
         # 3. roll out
         clock = [time.time()]
-        if args.objective == "sft":
-            samples, figures = sft_batch(data, step, args, rank, world), []
-            scale = 1 / sum(gather(sum(len(s.completion_ids) for s in samples), world))  # mean over tokens
-        else:
-            samples, figures = rollout(model, tokenizer, data, step, args, rank, world)
-            scale = 1 / args.batch_size  # sum over tokens, mean over samples
+        samples, figures, generated, scale = make_batch(models, tokenizer, data, history, step, args, rank, world)
         clock.append(time.time())
         # 4. update
-        lr = args.lr * schedule(step + 1)
-        loss, gaps, grad_norm = update(model, optimizer, params, samples, scale, lr, args, world)
+        lr_share = schedule(share() * args.steps + 1)
+        stats, grad_norm = update(models, optimizer, samples, scale, lr_share, args, rank, world, warm_up=models.critic and step < args.critic_warmup)
         clock.append(time.time())
         # 5. report
-        row = report(step, gather((samples, figures, loss, gaps), world), clock, tokens, args) | dict(lr=lr, grad_norm=grad_norm)
-        tokens, last = row["tokens"], step + 1 == args.steps
+        parts = gather((samples, figures, generated, stats), world)
+        row = report(step, parts, clock, tokens, args) | dict(lr=args.lr * lr_share, grad_norm=grad_norm)
+        everyones = sorted((s for part in parts for s in part[0]), key=lambda s: s.group)
+        for s in everyones if history else ():
+            before = history[s.tree][s.node]
+            history[s.tree][s.node] = s.reward if np.isnan(before) else before + args.ema * (s.reward - before)
+        step, tokens = step + 1, row["tokens"]
         if rank == 0:
-            write_logs(logs, row, samples, tokenizer, args)
-            print(progress_line(row, (time.time() - begun) / (step + 1 - start), args), flush=True)
+            write_logs(logs, row, everyones, tokenizer, args)
+            print(progress_line(row, share(), (time.time() - begun) * max(0, 1 - share()) / (share() - first), args), flush=True)
+            warn(row, everyones, data, tokenizer, args)
             # 6. save
-            if last or args.save_every and (step + 1) % args.save_every == 0:
-                save(model, tokenizer, optimizer, names, step + 1, tokens, args)
-        # 7. evaluate
-        if problems and (last or (step + 1) % args.eval_every == 0):
-            score(model, tokenizer, problems, step + 1, args, rank, world)
-    if rank == 0:
-        finish(args, (time.time() - begun) / 60, bool(problems))
+            if share() >= 1 or stopped or args.save_every and step % args.save_every == 0:
+                save(models.student, tokenizer, optimizer, names, step, tokens, history, args)
+    if rank == 0 and share() >= 1:
+        finish(args, step, (time.time() - begun) / 60, bool(problems))
+    elif rank == 0:
+        print(f"stopped after step {step}, which is saved; the same command with --resume goes on", flush=True)
     if world > 1:
         dist.destroy_process_group()
+    if share() < 1:
+        sys.exit(128 + (stopped or [signal.SIGTERM])[0])
 
 
 if __name__ == "__main__":

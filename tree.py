@@ -204,6 +204,23 @@ def parse_prefixes(row, number):
     return problem["id"], problem["question"], problem["answer"], parsed
 
 
+def parse_traces(row, number):
+    """The solutions to learn by heart, a list of (question, steps): a trace's own, and of a search each one that came to a right answer."""
+    _, question, _, nodes = parse_prefixes(row, number)
+    if "steps" in row:
+        return [(question, [step for _, step, *_ in nodes[1:]])]
+    if not any("reward" in node for node in row["nodes"]):
+        raise InputError("this is a tree, which has no whole solution; expected a trace, with \"steps\", or a search, whose nodes have a \"reward\".")
+    traces = []
+    for node, source in zip(nodes, row["nodes"]):
+        if source.get("reward") == 1 and node[1]:
+            steps, parent = [node[1], *filter(None, [source.get("rest")])], node[0]
+            while parent > 0:
+                parent, steps = nodes[parent][0], [nodes[parent][1], *steps]
+            traces.append((question, steps))
+    return traces
+
+
 def build(rows):
     """Searches, traces and trees, objects as in their files -> prefix trees, one a problem. Raises InputError."""
     trees, index = {}, {}
@@ -333,6 +350,30 @@ def pack(prefixes, completions=None):
         if before >= 0:
             mask[token] |= mask[before]
     return np.array(ids, int), np.array(position, int), mask, paths
+
+
+def micro_batches(samples, micro_tokens, row_tokens=0):
+    """Split samples into forward passes of at most `micro_tokens` tokens, padding included, where one sample allows it.
+
+    row_tokens    a group shares one packed row, halved until it has no more tokens than this; 0: every sample has its own row
+    Yields (members, rows): the samples in the order of the rows' paths, and the packed rows themselves.
+    """
+    groups = {}
+    for k, sample in enumerate(samples):
+        groups.setdefault(sample.group if row_tokens else k, []).append(sample)
+    queue, rows = list(groups.values()), []
+    while queue:
+        members = queue.pop()
+        row = pack([s.prefix_ids for s in members], [s.completion_ids for s in members])
+        if len(row[0]) > min(micro_tokens, row_tokens) and len(members) > 1:
+            queue += [members[len(members) // 2:], members[:len(members) // 2]]
+        else:
+            rows.append((members, row))
+    rows.sort(key=lambda row: -len(row[1][0]))
+    while rows:
+        fit = max(1, micro_tokens // len(rows[0][1][0]))
+        yield [s for members, _ in rows[:fit] for s in members], [row for _, row in rows[:fit]]
+        rows = rows[fit:]
 
 
 # --- Showing

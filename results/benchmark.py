@@ -26,7 +26,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(HERE))
 import evaluate  # noqa: E402
 import train  # noqa: E402
-from tree import pack, run_command, sample_group  # noqa: E402
+from tree import micro_batches, pack, run_command, sample_group  # noqa: E402
 
 
 def clock(work):
@@ -69,7 +69,7 @@ def build(args, rank=16):
              "--max_new_tokens", str(args.new_tokens), "--max_prompt", str(args.max_prompt), "--micro_tokens", str(args.micro_tokens), "--lora_rank", str(rank)]
     knobs = train.parse_args(flags)
     _, _, device = evaluate.distributed()
-    model, tokenizer, trees, _ = train.set_up(knobs, device)
+    (model, _, _), tokenizer, trees, _ = train.set_up(knobs, device)
     torch.set_num_threads(args.threads)  # loading a small model set it to one
     return knobs, model, tokenizer, trees
 
@@ -91,7 +91,7 @@ def updater(model, samples, knobs, no_pack):
 
     def update():
         model.train()
-        train.accumulate(model, samples, 1 / len(samples), knobs)
+        train.accumulate(train.Models(model), samples, train.Scale(1 / len(samples)), knobs)
         model.zero_grad()
     return update
 
@@ -109,7 +109,7 @@ def theirs_generate(model, tokenizer, prompts, new_tokens):
 
 def our_step(model, tokenizer, optimizer, trees, knobs, step):
     """One step of ours: (seconds of rollout and grading, seconds of the update). Random advantages: no group is dead."""
-    rng, params = np.random.default_rng(step), optimizer.param_groups[0]["params"]
+    rng = np.random.default_rng(step)
     samples = batch_of(trees, knobs, tokenizer, seed=step)
 
     def rollout():
@@ -117,7 +117,7 @@ def our_step(model, tokenizer, optimizer, trees, knobs, step):
         for sample, ids, values in zip(samples, completions, logps):
             sample.completion_ids, sample.sampler_logps, sample.advantage = ids, values, float(rng.normal())
             evaluate.is_correct(evaluate.decode(tokenizer, ids), "1", strict=True)
-    return clock(rollout), clock(lambda: train.update(model, optimizer, params, samples, 1 / len(samples), 1e-6, knobs, 1))
+    return clock(rollout), clock(lambda: train.update(train.Models(model), optimizer, samples, train.Scale(1 / len(samples)), 1.0, knobs))
 
 
 def trl_steps(args, knobs, tokenizer, trees, after_step=lambda step: None, steps=1):
@@ -171,7 +171,7 @@ def peak(kind, args):
 def only(args):
     """One kind of work three times, then this process's peak memory."""
     knobs, model, tokenizer, trees = build(args)
-    samples, optimizer = batch_of(trees, knobs, tokenizer), torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6)
+    samples, optimizer = batch_of(trees, knobs, tokenizer), torch.optim.AdamW([dict(params=[p for p in model.parameters() if p.requires_grad], peak_lr=1e-6)])
     prompts = [s.prefix_ids for s in samples]
     work = {"nothing": lambda: None, "padded": updater(model, samples, knobs, True), "packed": updater(model, samples, knobs, False),
             "generate": lambda: theirs_generate(model, tokenizer, prompts, args.new_tokens),
@@ -210,7 +210,7 @@ def main():
     flops, bandwidth = floors(model.device, model.dtype)
     samples = batch_of(trees, knobs, tokenizer)
     prompts = [s.prefix_ids for s in samples]
-    packed = sum(len(row[0]) for _, rows in train.micro_batches(samples, 10 ** 9, evaluate.row_tokens(model)) for row in rows)
+    packed = sum(len(row[0]) for _, rows in micro_batches(samples, 10 ** 9, evaluate.row_tokens(model)) for row in rows)
     padded = len(samples) * max(len(s.prefix_ids) + len(s.completion_ids) for s in samples)
     print(f"{os.path.basename(os.path.abspath(args.model))}: {weights:,} weights, {model.dtype}, {model.device}, {args.threads} threads; batch {args.batch_size}, groups of "
           f"{args.group_size}, prompts of {min(map(len, prompts))} to {max(map(len, prompts))} tokens, {args.new_tokens} new tokens\n"
@@ -223,7 +223,7 @@ def main():
     floors_of.append(sum(p.nbytes for p in model.parameters()) * args.new_tokens / (bandwidth / 2))
     print(f"{'':<42} floor of decoding, bytes of weights x steps / copy's read bandwidth: {floors_of[1]:.3f} s, {floors_of[1] / rows[-1]['seconds'][1]:.0%} of the time")
     if args.trl:
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6)
+        optimizer = torch.optim.AdamW([dict(params=[p for p in model.parameters() if p.requires_grad], peak_lr=1e-6)])
         ours = lambda step: our_step(model, tokenizer, optimizer, trees, knobs, step)
         times = np.array(trl_steps(args, knobs, tokenizer, trees, ours, args.pairs + 1))[1:]  # (pairs, theirs and ours, rollout and update)
         for name, seconds in (("step", times.sum(2)), ("its rollout and rewards", times[..., 0]), ("its update", times[..., 1])):
