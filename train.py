@@ -652,7 +652,8 @@ def score(model, tokenizer, problems, step, args, rank, world):
 def make_batch(models, tokenizer, data, history, step, args, rank, world):
     """This rank's samples of one step, credited: (samples, figures of groups, generated tokens, Scale)."""
     if args.objective == "sft":
-        samples, figures, generated = sft_batch(data, step, args, rank, world), [], 0
+        samples, figures = sft_batch(data, step, args, rank, world), []
+        generated = sum(len(s.completion_ids) for s in samples)
     else:
         policy = models.teacher if args.behaviour == "teacher" else models.student
         samples, figures, generated = rollout(policy, tokenizer, data, history, step, args, rank, world)
