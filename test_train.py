@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 import evaluate
 import train
 from test_evaluate import QUESTIONS, tiny, tiny_folder
-from tree import InputError, Tree, micro_batches, run_command, write_trees
+from tree import InputError, Tree, micro_batches, parse_traces, run_command, write_trees
 
 torch.set_num_threads(1)
 HERE = os.path.dirname(os.path.abspath(train.__file__))
@@ -153,6 +153,169 @@ def test_policy_gradient_of_a_two_token_world_is_exact():
 
 
 # ---------------------------------------------------------------------------------------------------
+# The other rows of the paper's tables
+
+def flat_gradient(model):
+    return torch.cat([p.grad.flatten() if p.grad is not None else torch.zeros(p.numel()) for p in model.parameters()])
+
+
+def next_logits(model, prefix):
+    return model(torch.tensor([prefix])).logits[0, -1].float()
+
+
+def test_the_divergence_is_torchs_and_its_names_say_its_direction():
+    """App. B prints KL(teacher || student) and calls it reverse. The arguments are named; a padded vocabulary is cut to the common part."""
+    torch.manual_seed(0)
+    student, teacher = torch.randn(6, 9), torch.randn(6, 12)
+    p, q = (torch.distributions.Categorical(logits=x[:, :9]) for x in (student, teacher))
+    assert torch.allclose(train.divergence(student, teacher, "student_teacher"), torch.distributions.kl_divergence(p, q), atol=1e-6)
+    assert torch.allclose(train.divergence(student, teacher, "teacher_student"), torch.distributions.kl_divergence(q, p), atol=1e-6)
+
+
+@pytest.mark.parametrize("kl", ["student_teacher", "teacher_student"])
+def test_distillation_is_the_mean_kl_over_completion_tokens(kl):
+    """However the batch is cut: the gradient of the token mean of torch's own KL, each sample alone. The teacher gets no gradient."""
+    (model, tokenizer), (teacher, _) = tiny(), tiny(seed=5)
+    samples = random_samples(tokenizer)
+    tokens = sum(len(s.completion_ids) for s in samples)
+    total = 0.0
+    for s in samples:
+        s.advantage = 0.0
+        ids = torch.tensor([s.prefix_ids + s.completion_ids])
+        p, q = (torch.distributions.Categorical(logits=m(ids).logits[0, len(s.prefix_ids) - 1:-1] / 0.7) for m in (model, teacher))
+        total = total + torch.distributions.kl_divergence(*((p, q) if kl == "student_teacher" else (q, p))).sum() / tokens
+    model.zero_grad()
+    (0.3 * total).backward()
+    expected = flat_gradient(model)
+    teacher.requires_grad_(False)
+    for knobs in (dict(no_pack=True), dict(micro_tokens=60), dict()):
+        model.zero_grad()
+        args = settings(distill_coef=0.3, kl=kl, temperature=0.7, **knobs)
+        stats = train.accumulate(train.Models(model, teacher), samples, train.Scale(1.0, token=1 / tokens), args)
+        assert sum(stats["loss"]) == pytest.approx(0.3 * total.item(), rel=1e-4) and len(stats["kl"]) == tokens
+        assert (flat_gradient(model) - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+def test_kl_to_the_adapter_free_policy_has_the_gradient_of_that_kl():
+    """Not k3 used as a loss, whose gradient is that of the other direction. Without the adapter there is nothing to differ from."""
+    model, tokenizer = tiny()
+    model = lora(model)
+    samples = random_samples(tokenizer, groups=1)
+    tokens, args = sum(len(s.completion_ids) for s in samples), settings(kl_coef=0.5)
+    total = 0.0
+    for s in samples:
+        s.advantage = 0.0
+        ids, first = torch.tensor([s.prefix_ids + s.completion_ids]), len(s.prefix_ids) - 1
+        with torch.no_grad(), model.disable_adapter():
+            q = torch.distributions.Categorical(logits=model(ids).logits[0, first:-1])
+        p = torch.distributions.Categorical(logits=model(ids).logits[0, first:-1])
+        total = total + 0.5 * torch.distributions.kl_divergence(p, q).sum() / tokens
+    model.zero_grad()
+    total.backward()
+    expected = flat_gradient(model)
+    model.zero_grad()
+    train.accumulate(train.Models(model), samples, train.Scale(1.0, token=1 / tokens), args)
+    assert expected.abs().max() > 1e-4 and (flat_gradient(model) - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+def test_reinforce_with_the_teachers_reward_descends_the_reverse_kl():
+    """Row (a) of Table 2 by enumeration: over all completions of one token, E[A grad log pi] with A = log p(teacher) - log p(student) is
+    minus the gradient of KL(student || teacher)."""
+    (model, tokenizer), (teacher, _) = tiny(), tiny(seed=5)
+    prefix, args = [5, 6, 7], settings(reward="teacher", critic=None)
+    p, q = (torch.distributions.Categorical(logits=next_logits(m, prefix)) for m in (model, teacher))
+    model.zero_grad()
+    torch.distributions.kl_divergence(p, q).backward()
+    expected = flat_gradient(model)
+    samples = [train.Sample(0, 0, prefix, [token], [p.logits[token].item()]) for token in range(model.config.vocab_size)]
+    train.credit_steps(samples, train.Models(model, teacher), tokenizer, args)
+    for s in samples:
+        assert s.advantage == pytest.approx([(q.logits - p.logits)[s.completion_ids[0]].item()], abs=1e-4)
+        s.advantage = s.advantage * p.probs[s.completion_ids[0]].item()
+    model.zero_grad()
+    accumulate(model, samples, 1.0, args)
+    assert (flat_gradient(model) - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+def test_weighted_completions_of_the_teacher_give_the_students_gradient():
+    """Sec. 3.1 by enumeration: E under the teacher of w A grad log pi is E under the student of A grad log pi. A weight is clipped at
+    --weight_clip, and differentiated once."""
+    (model, tokenizer), (teacher, _) = tiny(), tiny(seed=5)
+    prefix, rng = [5, 6, 7], np.random.default_rng(0)
+    p, q = (torch.distributions.Categorical(logits=next_logits(m, prefix)) for m in (model, teacher))
+    tokens = range(model.config.vocab_size)
+    a = rng.normal(size=len(tokens))
+    estimates = []
+    for args, behaviour in ((settings(), p), (settings(behaviour="teacher", weight_clip=1e9), q)):
+        model.zero_grad()
+        samples = [train.Sample(0, 0, prefix, [t], [behaviour.logits[t].item()], advantage=a[t] * behaviour.probs[t].item()) for t in tokens]
+        accumulate(model, samples, 1.0, args)
+        estimates.append(flat_gradient(model))
+    assert (estimates[0] - estimates[1]).abs().max() < 1e-4 * estimates[0].abs().max()
+    logps, old = torch.tensor([-1.0, -2.0, -0.5], requires_grad=True), torch.tensor([-2.0, -2.0, -9.0])
+    weighted = train.surrogate(logps, old, torch.ones(3), torch.tensor([0, 0, 1]), settings(behaviour="teacher", weight_clip=10.0))
+    weighted.sum().backward()
+    assert logps.grad.tolist() == pytest.approx([np.e, np.e, 10.0], rel=1e-5)
+
+
+def test_clipped_epochs_start_from_the_plain_gradient():
+    """At ratio 1 PPO's surrogate has the policy gradient; outside the clip it has none where going on would help, and all where it would harm."""
+    logps, args = torch.log(torch.tensor([1.0, 1.5, 1.5, 0.5, 0.5])), settings(epochs=2, clip=0.2)
+    advantages = torch.tensor([3.0, 1.0, -1.0, 1.0, -1.0])
+    x = logps.clone().requires_grad_(True)
+    train.surrogate(x, torch.zeros(5), advantages, torch.zeros(5, dtype=torch.long), args).sum().backward()
+    assert x.grad.tolist() == pytest.approx([3.0, 0.0, -1.5, 0.5, 0.0])
+
+
+def test_steps_are_credited_by_gae_and_the_critic_is_asked_before_each():
+    """The critic's targets against a hand computation: three steps, values from plain forward passes of the critic over each state."""
+    (model, tokenizer), (teacher, _) = tiny(), tiny(seed=5)
+    torch.manual_seed(0)
+    from transformers import LlamaForTokenClassification
+    model.config.num_labels = 1
+    critic = LlamaForTokenClassification(model.config).eval()
+    critic.tree_masks = True
+    blank = tokenizer.convert_tokens_to_ids("\n\n")
+    prefix, steps = [5, 6, 7], [[10, 11, blank], [12, blank], [13, 14, 3]]
+    completion = sum(steps, [])
+    old = np.linspace(-2, -0.5, len(completion)).tolist()
+    sample = train.Sample(0, 0, prefix, completion, old, reward=1.0)
+    other = train.Sample(0, 0, prefix, [9, 3], [-1.0, -1.0], reward=0.0)
+    with torch.no_grad():
+        v = [critic(torch.tensor([prefix + sum(steps[:k], [])])).logits[0, -1, 0].item() for k in range(3)]
+        logits = teacher(torch.tensor([prefix + completion])).logits[0, 2:-1]
+        theirs = torch.log_softmax(logits, -1).gather(1, torch.tensor(completion)[:, None])[:, 0].numpy()
+    for reward in ("task", "teacher"):
+        train.credit_steps([sample, other], train.Models(model, teacher, critic), tokenizer, settings(reward=reward, critic="yes", gamma=0.9, gae_lambda=0.8))
+        assert sample.steps == [0, 3, 5] and other.steps == [0]
+        gain = theirs - old
+        r = [0, 0, 1] if reward == "task" else [gain[:3].sum(), gain[3:5].sum(), gain[5:].sum()]
+        delta = [r[0] + 0.9 * v[1] - v[0], r[1] + 0.9 * v[2] - v[1], r[2] - v[2]]
+        a = [delta[0] + 0.72 * delta[1] + 0.72 ** 2 * delta[2], delta[1] + 0.72 * delta[2], delta[2]]
+        assert sample.advantage == pytest.approx([a[0]] * 3 + [a[1]] * 2 + [a[2]] * 3, abs=1e-4)
+        assert sample.targets == pytest.approx([a[k] + v[k] for k in range(3)], abs=1e-4)
+    critic.zero_grad()
+    args = settings(critic="yes")
+    stats = train.accumulate(train.Models(model, None, critic), [sample, other], train.Scale(0.5, 1 / 10, 1 / 4), args, warm_up=True)
+    assert stats["critic_loss"] == stats["loss"] and stats["gap"] == []  # the student waits
+    with torch.no_grad():
+        errors = [(v[k] - sample.targets[k]) ** 2 for k in range(3)] + [(critic(torch.tensor([prefix])).logits[0, -1, 0].item() - other.targets[0]) ** 2]
+    assert sum(stats["critic_loss"]) == pytest.approx(sum(errors) / 4, rel=1e-4)
+    assert critic.score.weight.grad.abs().max() > 0
+
+
+def test_without_a_critic_a_steps_credit_is_its_return():
+    (model, tokenizer), (teacher, _) = tiny(), tiny(seed=5)
+    blank = tokenizer.convert_tokens_to_ids("\n\n")
+    sample = train.Sample(0, 0, [5, 6], [7, blank, 8, 3], [-1.0] * 4, reward=1.0)
+    train.credit_steps([sample], train.Models(model, teacher), tokenizer, settings(reward="teacher", critic=None, gamma=0.5, gae_lambda=0.1))
+    with torch.no_grad():
+        gain = torch.log_softmax(teacher(torch.tensor([[5, 6, 7, blank, 8, 3]])).logits[0, 1:-1], -1).gather(1, torch.tensor([[7], [blank], [8], [3]]))[:, 0] + 1
+    late = (gain[2] + gain[3]).item()
+    assert sample.advantage == pytest.approx([(gain[0] + gain[1]).item() + 0.5 * late] * 2 + [late] * 2, abs=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------
 # Whole runs, as processes
 
 @pytest.fixture(scope="module")
@@ -272,10 +435,62 @@ def test_resuming_with_other_settings_names_them(world):
     assert [row["step"] for row in log(world / "settings")] == [0, 1]
 
 
+ROWS = {  # the rows of Tables 1 and 2, and what else train.py offers, as commands; T stands for the teacher
+    "grpo": "--group question --baseline grpo", "trace": "--group trace --baseline expectation", "mc": "--baseline mc --mc_rollouts 2", "ema": "--baseline ema",
+    "reinforce_kl": "--group question --reward teacher --teacher T", "reinforce_kl_baseline": "--group question --reward teacher --teacher T --critic T --critic_warmup 1 --gae_lambda 1",
+    "actor_critic": "--group question --reward teacher --teacher T --critic T --critic_warmup 1", "task_critic": "--critic T --critic_warmup 1",
+    "gkd": "--group question --reward none --distill_coef 1 --teacher T", "tree_opo_kl": "--teacher T --distill_coef 0.1 --kl student_teacher",
+    "off_policy": "--behaviour teacher --teacher T", "grpo_clipped": "--group question --baseline grpo --epochs 2 --kl_coef 0.04"}
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_every_row_is_a_command(tmp_path, row):
+    """Three steps of each on the embedded default: the adapter moves, and the log has the row's own figures."""
+    flags = [os.path.join(HERE, "data/arithmetic/teacher") if flag == "T" else flag for flag in ROWS[row].split()]
+    embedded = {name: os.path.join(HERE, path) for name, path in train.PRESETS["arithmetic"].items() if name in ("model", "trees")}
+    args = train.parse_args([x for name, path in embedded.items() for x in (f"--{name}", path)] + ["--eval_every", "0", "--steps", "3", "--out", str(tmp_path / row), *flags])
+    train.train(args)
+    rows = log(tmp_path / row)
+    assert max(value.abs().max() for name, value in adapter(tmp_path / row).items() if "lora_B" in name) > 0
+    assert all(("kl" in r) == bool(args.distill_coef or args.kl_coef) and ("critic_loss" in r) == bool(args.critic) for r in rows)
+    assert any("ess" in r for r in rows) == (row == "off_policy")
+    assert any(r["sat"] is not None for r in rows) == (args.reward == "task" and not args.critic and args.group != "question")
+    if row == "mc":
+        assert rows[0]["tokens"] > 2 * 32 * rows[0]["length"]
+
+
+def test_a_teacher_of_another_vocabulary_is_refused_before_any_work(world, capsys):
+    tokenizer_file = json.loads((world / "model" / "tokenizer.json").read_text())
+    (world / "stranger").mkdir()
+    tokenizer_file["model"]["vocab"] = {{"Ann": "Zoe"}.get(word, word): k for word, k in tokenizer_file["model"]["vocab"].items()}
+    (world / "stranger" / "tokenizer.json").write_text(json.dumps(tokenizer_file))
+    (world / "stranger" / "tokenizer_config.json").write_text((world / "model" / "tokenizer_config.json").read_text())  # and no weights at all
+    with pytest.raises(InputError, match="another vocabulary"):
+        train.train(train.parse_args(["--model", str(world / "policy"), "--trees", str(world / "trees.jsonl"), "--eval_every", "0", "--out", str(world / "never"),
+                                      "--teacher", str(world / "stranger"), "--distill_coef", "0.1"]))
+    assert not (world / "never").exists()
+
+
+def test_sft_learns_the_searches_right_solutions(world):
+    """MCTS-driven REINFORCE fine-tunes the teacher on its search's traces: what ended in a right answer, from the question down."""
+    nodes = [dict(parent=-1, step="", visits=3, value=2.0, terminal=False, reward=None), dict(parent=0, step="1 + 2 = 3", visits=2, value=1.0, terminal=False, reward=None),
+             dict(parent=1, step="The answer is 3.", visits=1, value=1.0, terminal=True, reward=1.0), dict(parent=1, step="The answer is 4.", visits=1, value=0.0, terminal=True, reward=0.0),
+             dict(parent=0, step="2 + 1 = 3", visits=1, value=1.0, terminal=False, reward=1.0, rest="So.\n\nThe answer is 3.")]
+    row = dict(id="q", question="Ben has 3 pens .", answer="3", nodes=nodes)
+    assert parse_traces(row, 1) == [("Ben has 3 pens .", ["1 + 2 = 3", "The answer is 3."]), ("Ben has 3 pens .", ["2 + 1 = 3", "So.\n\nThe answer is 3."])]
+    with pytest.raises(InputError, match="this is a tree"):
+        parse_traces({**row, "nodes": [dict(parent=-1, step="", visits=3, value=2.0)]}, 1)
+
+
 MISTAKES = [
     (["--trees", "nowhere.jsonl"], "there is no file nowhere.jsonl"), (["--lr", "-1"], "--lr"), (["--batch_size", "9"], "--batch_size"),
     (["--alpha", "2"], "--alpha"), (["--model", "./nothing"], "no folder"), (["--resume", "--out", "empty"], "no checkpoint"),
-    (["--no_such_flag"], "unrecognized"), (["--baseline", "magic"], "invalid choice"), (["--max_prompt", "1"], "--max_prompt")]
+    (["--no_such_flag"], "unrecognized"), (["--baseline", "magic"], "invalid choice"), (["--max_prompt", "1"], "--max_prompt"),
+    (["--mc_rollouts", "0"], "--mc_rollouts"), (["--distill_coef", "0.1"], "need --teacher"), (["--reward", "teacher"], "need --teacher"),
+    (["--teacher", "policy"], "nothing asks for it"), (["--critic", "policy", "--reward", "none", "--teacher", "policy", "--distill_coef", "1"], "without rewards"),
+    (["--critic", "policy", "--objective", "sft"], "without rewards"), (["--critic", "policy", "--baseline", "flat"], "Leave one out"),
+    (["--group_size", "1"], "--group_size"), (["--kl_coef", "1", "--lora_rank", "0"], "--kl_coef"), (["--lr", "nan"], "--lr"), (["--lr", "0"], "--lr"),
+    (["--epochs", "2", "--behaviour", "teacher", "--teacher", "policy"], "--behaviour"), (["--temperature", "inf"], "--temperature")]
 
 
 @pytest.mark.parametrize("flags, says", MISTAKES)

@@ -266,7 +266,8 @@ def credit_steps(samples, models, tokenizer, args):
     for s in samples:
         task = np.r_[np.zeros(len(s.steps) - 1), s.reward]
         rewards = np.add.reduceat(logps[id(s)].numpy() - s.sampler_logps, s.steps) if args.reward == "teacher" else task
-        a, s.targets = advantage.gae(rewards, np.array(values.get(id(s), task * 0)), args.gamma, args.gae_lambda if critic else 1.0)
+        v = values[id(s)].numpy() if critic else np.zeros(len(s.steps))
+        a, s.targets = advantage.gae(rewards, v, args.gamma, args.gae_lambda if critic else 1.0)
         s.advantage = np.repeat(a, np.diff([*s.steps, len(s.completion_ids)]))
 
 
