@@ -25,7 +25,7 @@ import numpy as np
 
 # What announces a final answer; a prefix that has it leaves nothing to reason about.
 ANSWER_MARKER = re.compile(r"\\(?:boxed|fbox)|####|answers?[\s*_]{0,9}(?:(?:is|are)\b|[:=])", re.IGNORECASE)
-CONTENT = re.compile(r"[^\W_]|[^\x00-\x7f\s]|[(\[{]")  # an answer has some of it, or no completion is ever right
+CONTENT = re.compile(r"[^\W_]|[^\x00-\x7f\s]|[(\[]")  # an answer has some of it, or no completion is ever right
 BLANK_LINE = re.compile(r"\n[^\S\n]*\n")
 JOIN = "\n\n"  # between steps, and after each step of a prefix
 
