@@ -266,7 +266,7 @@ def test_a_scoring_stopped_at_any_moment_is_continued(tmp_path):
 
 
 BAD_FLAGS = ["--limit -1", "--seed -1", "--samples -1", "--temperature nan", "--temperature -1", "--temperature inf", "--batch_size 0", "--max_new_tokens 0",
-             "--data FOLDER", "--data FOLDER/none", "--data FOLDER/empty", "--data FOLDER/torn", "--out FOLDER", "--out FOLDER/torn/below",
+             "--data FOLDER", "--data FOLDER/none", "--data FOLDER/empty", "--data FOLDER/torn", "--out FOLDER", "--out /dev/full", "--out FOLDER/torn/below",
              "--out FOLDER/half", "--out FOLDER/other", "--compare FOLDER/torn FOLDER/other", "--compare FOLDER/half FOLDER/half", "--model FOLDER/none", "--lim 3"]
 
 

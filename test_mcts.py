@@ -278,7 +278,7 @@ def test_a_full_disk_is_one_sentence(tmp_path):
 
 BAD_FLAGS = ["--limit -1", "--limit x", "--seed -1", "--temperature nan", "--temperature 0", "--temperature inf", "--c_uct nan", "--c_uct -1", "--rollouts 0",
              "--max_depth 0", "--branch 0", "--parallel 0", "--batch_size -3", "--max_new_tokens 0", "--max_new_tokens 1.5", "--data FOLDER", "--data FOLDER/none",
-             "--data FOLDER/empty", "--data FOLDER/torn", "--data FOLDER/trace", "--out FOLDER", "--out FOLDER/torn/below", "--lim 3", "--nothing", "--model FOLDER/none"]
+             "--data FOLDER/empty", "--data FOLDER/torn", "--data FOLDER/trace", "--out FOLDER", "--out /dev/full", "--out FOLDER/torn/below", "--lim 3", "--nothing", "--model FOLDER/none"]
 
 
 @pytest.mark.parametrize("more", BAD_FLAGS)

@@ -122,10 +122,17 @@ def read_jsonl(path, parse, skip_bad=False):
         raise InputError(f"{path} holds no usable line. Expected JSONL, one object a line.")
 
 
+def make_folder(path):
+    """Make the folder of an output file. InputError where its name is that of a folder, a device or a pipe."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise InputError(f"{path} is no file; expected the name of one to write.")
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+
+
 def drop_torn_line(path):
     """Make an output file that can be appended to: create it where it is missing, and cut off a last line that a killed writer
     left without its end. What opens no object is no such line and stays."""
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    make_folder(path)
     with open(path, "ab+") as file:
         file.seek(0)
         whole = (text := file.read()).rfind(b"\n") + 1
@@ -135,9 +142,7 @@ def drop_torn_line(path):
 
 def write_jsonl(rows, path):
     """Write rows as JSONL, aside first and then renamed: a killed run leaves no half-written file."""
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise InputError(f"{path} is no file; expected the name of one to write.")
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    make_folder(path)
     with open(path + ".tmp", "w", encoding="utf-8") as out:
         out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     os.replace(path + ".tmp", path)
