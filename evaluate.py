@@ -872,7 +872,7 @@ def main():
         raise InputError(f"{path} holds scores of another policy or other settings, {shorten(next(iter(done.values())).get('policy'))}, "
                          f"not of {shorten(policy)}. Choose another --out or remove the file.")
     for problem in problems:
-        if problem["id"] in done and any(done[problem["id"]][key] != problem[key] for key in ("question", "answer")):
+        if problem["id"] in done and any(done[problem["id"]].get(key) != problem[key] for key in ("question", "answer")):
             raise InputError(f"{path} holds the score of another problem with the id {shorten(problem['id'])}. Choose another --out or remove the file.")
     _, _, device = distributed()
     model, tokenizer = load(args.model, args.adapter, device, trust_remote_code=args.trust_remote_code)

@@ -52,7 +52,7 @@ def leave_on_signals():
 def run_command(main):
     """Run a script's `main`; an InputError, or a file that cannot be read or written, becomes one line on stderr and exit status 2."""
     leave_on_signals()
-    sys.stdout.reconfigure(errors="replace")  # a terminal without our box characters
+    sys.stdout.reconfigure(errors="replace", line_buffering=True)  # a terminal without our box characters; whole lines before a signal
     try:
         main()
         sys.stdout.flush()  # a closed pipe shows here, not when the interpreter ends
@@ -93,7 +93,7 @@ def read_jsonl(path, parse, skip_bad=False):
     With `skip_bad` a bad line is named on stderr and passed over.
     """
     if not os.path.isfile(path):
-        raise InputError(f"there is no file {path}. Give the path of a JSONL file, one object a line.")
+        raise InputError(f"there is no file {path}. Expected a JSONL file, one object a line.")
     good = bad = 0
     with open(path, "rb") as lines:
         for number, line in enumerate(lines, 1):
@@ -420,7 +420,7 @@ def show(tree, colour):
             line = f"\033[38;5;{YELLOW_TO_GREEN[min(depth[node], len(YELLOW_TO_GREEN) - 1)]}m{line}\033[0m"
         lines.append(indent + branch + line)
         below = children.get(node, [])
-        indent += {"": "", "├─ ": "│  ", "└─ ": "   "}[branch]
+        indent = (indent + {"": "", "├─ ": "│  ", "└─ ": "   "}[branch])[-60:]  # a trace of 100,000 steps would need gigabytes of it
         stack += [(child, indent, "└─ " if child == below[-1] else "├─ ") for child in reversed(below)]
     return "\n".join(lines + [f"answer: {printable(tree.answer)}   id: {printable(tree.id)}"])
 
