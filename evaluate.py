@@ -147,7 +147,7 @@ def fitting(model, tokenizer, problems, skip_bad=False):
         length = len(encode(tokenizer, problem["question"])[0])
         if not 0 < length <= longest:
             bad.append(problem["id"])
-            said = f"the question of {shorten(problem['id'])} has {length} tokens; this model takes 1 to {longest}."
+            said = f"the question of {shorten(problem['id'])} has {length} tokens; expected 1 to {longest}, as this model takes them."
             if not skip_bad:
                 raise InputError(said + " Shorten it, or pass it over with --skip_bad.")
             print("skipped:", said, file=sys.stderr)

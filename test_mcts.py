@@ -298,7 +298,7 @@ def test_a_question_beyond_the_context(tmp_path, capsys):
     """100 kB for a model of 2,048 positions was completed all the same, in garbage, or took all memory; skipped, it is named and the others are searched."""
     make_model(tmp_path)
     open(f"{tmp_path}/data.jsonl", "a").write(json.dumps({"id": "long", "question": "Qab " * 25_000, "answer": "1"}) + "\n")
-    with pytest.raises(InputError, match='"long" has 100000 tokens; this model takes 1 to 2048'):
+    with pytest.raises(InputError, match='"long" has 100000 tokens; expected 1 to 2048'):
         run(tmp_path, "out")
     assert len(run(tmp_path, "out", "--skip_bad")) == 9 and '"long" has 100000 tokens' in capsys.readouterr().err
 
