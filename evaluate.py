@@ -11,13 +11,13 @@ What differs from model.generate and from the usual graders:
     python evaluate.py --model Qwen/Qwen2.5-1.5B-Instruct --adapter out/gsm8k --data data/gsm8k/test.jsonl --samples 8
     python evaluate.py --compare out/before.jsonl out/after.jsonl       # two scorings of the same problems, paired
 """
-import argparse
 import cmath
 import json
 import math
 import operator
 import os
 import re
+import sys
 import warnings
 from collections import Counter
 from contextlib import contextmanager
@@ -27,16 +27,21 @@ from functools import lru_cache
 from itertools import islice
 from zlib import crc32
 
+from tree import (BLANK_LINE, JOIN, InputError, arguments, at_least, drop_torn_line, leave_on_signals, pack, printable, read_jsonl,
+                  read_problems, run_command, shorten, take)
+
+if __name__ == "__main__":
+    leave_on_signals()  # torch takes seconds to import
+
 import numpy as np
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import safe_open
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer, DynamicCache
 from transformers.cache_utils import DynamicLayer
 from transformers.utils import logging
-
-from tree import (BLANK_LINE, JOIN, InputError, drop_torn_line, pack, read_jsonl, read_problems, run_command, shorten, take)
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()
@@ -74,12 +79,17 @@ def load(model, adapter=None, device="cpu", dtype=None, trainable=False, trust_r
     if not os.path.isdir(model) and (os.path.isabs(model) or model.startswith(".") or model.count("/") > 1):
         raise InputError(f"there is no folder {model}, and it is no hub name either. Expected a folder that "
                          "save_pretrained wrote, or a name such as Qwen/Qwen2.5-1.5B-Instruct.")
-    try:
+    try:  # damaged files raise whatever their readers happen to
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
-        policy = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, attn_implementation="sdpa", use_safetensors=True,
-                                                      trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"the model {model} cannot be loaded: {' '.join(str(error).split())[:300]} Expected a folder with "
+        policy, report = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, attn_implementation="sdpa", use_safetensors=True, output_loading_info=True,
+                                                              ignore_mismatched_sizes=True, trust_remote_code=trust_remote_code)
+        wrong = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
+        if wrong:
+            raise ValueError(f"its weights are not those of its config.json, {wrong[0]} and {len(wrong) - 1} others are missing or of another shape.")
+        encode(tokenizer, "1 + 1")  # a chat template that fails would do so at the first question
+        tokenizer.eos_token_id is None or eos_ids(policy, tokenizer)
+    except Exception as error:
+        raise InputError(f"the model {model} cannot be loaded ({type(error).__name__}): {' '.join(str(error).split())[:300]} Expected a folder with "
                          "config.json, model.safetensors and the tokenizer's files, or a hub name and a network.") from None
     if tokenizer.eos_token_id is None:
         raise InputError(f"the tokenizer of {model} has no end-of-sequence token, so no completion could ever end. "
@@ -92,13 +102,27 @@ def load(model, adapter=None, device="cpu", dtype=None, trainable=False, trust_r
     policy.to(device).eval()
     check_tree_masks(policy)
     if adapter:
-        if not os.path.isfile(os.path.join(adapter, "adapter_config.json")):
-            raise InputError(f"there is no adapter_config.json in {adapter}. Expected a folder that train.py wrote.")
+        for file in ("adapter_config.json", "adapter_model.safetensors"):
+            if not os.path.isfile(os.path.join(adapter, file)):
+                raise InputError(f"there is no {file} in {adapter}. Expected a folder that train.py wrote.")
         try:
-            policy = PeftModel.from_pretrained(policy, adapter, is_trainable=trainable)
-        except (RuntimeError, ValueError, OSError, KeyError) as error:
-            raise InputError(f"the adapter {adapter} does not fit the model {model}: {' '.join(str(error).split())[:200]} "
+            with warnings.catch_warnings():  # peft only warns of weights that have no place in the model; here they are compared
+                warnings.simplefilter("ignore")
+                policy = PeftModel.from_pretrained(policy, adapter, is_trainable=trainable)
+            with safe_open(os.path.join(adapter, "adapter_model.safetensors"), "pt") as weights:
+                saved, own = set(weights.keys()), set(get_peft_model_state_dict(policy, save_embedding_layers=False))
+            wrong = sorted(own - saved | {name for name in saved - own if ".lora_" in name})
+            if wrong:
+                raise ValueError(f"the weights {wrong[0]} and {len(wrong) - 1} others stand in one of the two alone.")
+            name = lambda path: os.path.basename(os.path.abspath(path))
+            base = policy.peft_config["default"].base_model_name_or_path
+            if base and name(base) != name(model):
+                raise ValueError(f"it was trained on {base}, by its adapter_config.json.")
+        except Exception as error:
+            raise InputError(f"the adapter {adapter} does not fit the model {model} ({type(error).__name__}): {' '.join(str(error).split())[:200]} "
                              "Expected the adapter's own base model.") from None
+    if not all(weight.isfinite().all() for weight in policy.parameters()):
+        raise InputError(f"the model {model} or its adapter has weights that are no finite numbers. Expected others.")
     return policy.to(device).eval(), tokenizer
 
 
@@ -114,6 +138,22 @@ def encode(tokenizer, question, steps=()):
     else:
         prompt = tokenizer(question + JOIN)["input_ids"]
     return [prompt] + (tokenizer([step + JOIN for step in steps], add_special_tokens=False)["input_ids"] if steps else [])
+
+
+def fitting(model, tokenizer, problems, skip_bad=False):
+    """The problems whose prompt the model can take: one token or more, and no more than its context. InputError, or `skip_bad`, for the others."""
+    longest, bad = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf, []
+    for problem in problems:
+        length = len(encode(tokenizer, problem["question"])[0])
+        if not 0 < length <= longest:
+            bad.append(problem["id"])
+            said = f"the question of {shorten(problem['id'])} has {length} tokens; expected 1 to {longest}, as this model takes them."
+            if not skip_bad:
+                raise InputError(said + " Shorten it, or pass it over with --skip_bad.")
+            print("skipped:", said, file=sys.stderr)
+    if len(bad) == len(problems):
+        raise InputError(f"none of the {len(problems)} questions has 1 to {longest} tokens, as this model takes them.")
+    return [problem for problem in problems if problem["id"] not in set(bad)]
 
 
 def decode(tokenizer, completion):
@@ -842,7 +882,7 @@ def table(rows):
             if key in row:
                 parts.setdefault(row[key], []).append(row["correct"][0])
         for part in sorted(parts, key=str):
-            lines.append(f"{key:>10} {part}: {100 * np.mean(parts[part]):5.1f} % of {len(parts[part])}")
+            lines.append(f"{key:>10} {printable(str(part))}: {100 * np.mean(parts[part]):5.1f} % of {len(parts[part])}")
     return "\n".join(lines)
 
 
@@ -870,42 +910,49 @@ def read_scores(path):
     """The rows of a file of scores, by id."""
     def parse(row, number):
         take(row, "id", str, "the problem's id")
-        take(row, "correct", list, "one flag a completion")
+        for name, kind in (("correct", bool), ("flexible", bool), ("truncated", bool), ("tokens", int), ("extracted", (str, type(None)))):
+            column = take(row, name, list, "a list, one entry a completion")
+            if not len(column) == len(row["correct"]) > 0 or not all(isinstance(entry, kind) for entry in column):
+                raise InputError(f"field \"{name}\" is {shorten(column)}; expected one entry a completion, as evaluate.py writes them.")
         return row
     return {row["id"]: row for row in read_jsonl(path, parse)}
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Score a policy on a data set, or compare two scorings.", allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = arguments("Score a policy on a data set, or compare two scorings.")
     parser.add_argument("--model", default="data/arithmetic/student", help="a folder or a hub name")
     parser.add_argument("--adapter", help="a PEFT adapter, such as a run folder of train.py")
     parser.add_argument("--data", default="data/arithmetic/test.jsonl", help="problems, JSONL")
     parser.add_argument("--out", help="JSONL of every completion; default out/eval-POLICY-DATA.jsonl; one that is there is continued")
-    parser.add_argument("--samples", type=int, default=0, help="completions a problem beside the greedy one, for mean@k, maj@k and pass@k")
-    parser.add_argument("--temperature", type=float, default=1.0, help="of those samples")
-    parser.add_argument("--max_new_tokens", type=int, default=512, help="limit of a completion; MATH wants 2048")
-    parser.add_argument("--batch_size", type=int, default=128, help="completions decoded side by side")
-    parser.add_argument("--limit", type=int, default=0, help="score the first so many problems, 0 is all")
-    parser.add_argument("--seed", type=int, default=0, help="of the samples")
+    parser.add_argument("--samples", type=at_least(0), default=0, help="completions a problem beside the greedy one, for mean@k, maj@k and pass@k")
+    parser.add_argument("--temperature", type=at_least(0, float), default=1.0, help="of those samples")
+    parser.add_argument("--max_new_tokens", type=at_least(1), default=512, help="limit of a completion; MATH wants 2048")
+    parser.add_argument("--batch_size", type=at_least(1), default=128, help="completions decoded side by side")
+    parser.add_argument("--limit", type=at_least(0), default=0, help="score the first so many problems, 0 is all")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="of the samples")
     parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="test two JSONL files of scores on the same problems, and do nothing else")
     parser.add_argument("--skip_bad", action="store_true", help="name and skip bad lines of --data instead of stopping")
     parser.add_argument("--trust_remote_code", action="store_true", help="run the model's own code from the hub")
     args = parser.parse_args()
     if args.compare:
         return print(compare(*(list(read_scores(path).values()) for path in args.compare)))
+    if int(os.environ.get("RANK", 0)):
+        return  # with torchrun the first process scores, alone
     problems = read_problems(args.data, args.limit, args.skip_bad)
     stem = os.path.splitext(os.path.basename(args.data))[0]
     path = args.out or f"out/eval-{os.path.basename((args.adapter or args.model).rstrip('/'))}-{stem}.jsonl"
     policy = f"{args.model} {args.adapter} T={args.temperature} k={args.samples} max={args.max_new_tokens} seed={args.seed}"
     drop_torn_line(path)
-    done = read_scores(path) if os.path.exists(path) and os.path.getsize(path) else {}
+    done = read_scores(path) if os.path.getsize(path) else {}
     if any(row.get("policy") != policy for row in done.values()):
         raise InputError(f"{path} holds scores of another policy or other settings, {shorten(next(iter(done.values())).get('policy'))}, "
                          f"not of {shorten(policy)}. Choose another --out or remove the file.")
+    for problem in problems:
+        if problem["id"] in done and any(done[problem["id"]].get(key) != problem[key] for key in ("question", "answer")):
+            raise InputError(f"{path} holds the score of another problem with the id {shorten(problem['id'])}. Choose another --out or remove the file.")
     _, _, device = distributed()
     model, tokenizer = load(args.model, args.adapter, device, trust_remote_code=args.trust_remote_code)
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    problems = fitting(model, tokenizer, problems, args.skip_bad)
     todo = [problem for problem in problems if problem["id"] not in done]
     with open(path, "a", encoding="utf-8") as out, tqdm(total=len(problems), initial=len(problems) - len(todo), unit="problem") as bar:
         for start in range(0, len(todo), args.batch_size):

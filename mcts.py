@@ -14,7 +14,6 @@ if it were alone. The driver advances hundreds side by side and pools their wish
     python mcts.py                                                    # the embedded teacher on the embedded problems
     torchrun --nproc_per_node 8 mcts.py --model Qwen/Qwen2.5-7B-Instruct --data data/gsm8k/train.jsonl --out out/gsm8k_search.jsonl
 """
-import argparse
 import fcntl
 import json
 import math
@@ -23,12 +22,17 @@ import time
 import zlib
 from dataclasses import dataclass, field
 
+from tree import (ANSWER_MARKER, BLANK_LINE, JOIN, InputError, arguments, at_least, drop_torn_line, leave_on_signals, read_jsonl,
+                  read_problems, run_command, shorten, take)
+
+if __name__ == "__main__":
+    leave_on_signals()  # torch takes seconds to import
+
 import numpy as np
 import torch.distributed as dist
 from tqdm import tqdm
 
 import evaluate
-from tree import ANSWER_MARKER, BLANK_LINE, JOIN, InputError, drop_torn_line, read_jsonl, read_problems, run_command, shorten, take
 
 
 @dataclass
@@ -148,7 +152,7 @@ def finished(path, settings):
             raise InputError(f"this search has the settings {shorten(row.get('settings'), 200)}, not {shorten(settings, 200)}. "
                              "Choose another --out or remove the file.")
         return take(row, "id", str, "the problem's id")
-    return set(read_jsonl(path, parse)) if os.path.exists(path) and os.path.getsize(path) else set()
+    return set(read_jsonl(path, parse)) if os.path.getsize(path) else set()
 
 
 def run(model, tokenizer, problems, args, settings, bar):
@@ -191,33 +195,28 @@ def run(model, tokenizer, problems, args, settings, bar):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Search a teacher's solutions by MCTS, many problems side by side.", allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = arguments("Search a teacher's solutions by MCTS, many problems side by side.")
+    count = at_least(1)
     parser.add_argument("--model", default="data/arithmetic/teacher", help="the teacher: a folder or a hub name")
     parser.add_argument("--adapter", help="a PEFT adapter on it")
     parser.add_argument("--data", default="data/arithmetic/train.jsonl", help="problems, JSONL; the training split, never the test's")
     parser.add_argument("--out", default="out/search.jsonl", help="searches, JSONL, appended to; what is there is not searched again")
-    parser.add_argument("--rollouts", type=int, default=16, help="simulations a problem")
-    parser.add_argument("--max_depth", type=int, default=5, help="steps that become nodes; a rollout at the last level runs to its end")
-    parser.add_argument("--branch", type=int, default=5, help="next steps sampled when a node is expanded")
-    parser.add_argument("--c_uct", type=float, default=2.0, help="weight of exploration in UCT")
-    parser.add_argument("--temperature", type=float, default=1.0, help="of the teacher's sampling")
-    parser.add_argument("--max_new_tokens", type=int, default=512, help="limit of a continuation; one that needs more has reward 0")
-    parser.add_argument("--parallel", type=int, default=256, help="problems searched side by side, a rank")
-    parser.add_argument("--batch_size", type=int, default=256, help="completions decoded side by side")
-    parser.add_argument("--seed", type=int, default=0, help="of selection and sampling")
-    parser.add_argument("--limit", type=int, default=0, help="search the first so many problems, 0 is all")
+    parser.add_argument("--rollouts", type=count, default=16, help="simulations a problem")
+    parser.add_argument("--max_depth", type=count, default=5, help="steps that become nodes; a rollout at the last level runs to its end")
+    parser.add_argument("--branch", type=count, default=5, help="next steps sampled when a node is expanded")
+    parser.add_argument("--c_uct", type=at_least(0, float), default=2.0, help="weight of exploration in UCT")
+    parser.add_argument("--temperature", type=at_least(0.01, float), default=1.0, help="of the teacher's sampling")
+    parser.add_argument("--max_new_tokens", type=count, default=512, help="limit of a continuation; one that needs more has reward 0")
+    parser.add_argument("--parallel", type=count, default=256, help="problems searched side by side, a rank")
+    parser.add_argument("--batch_size", type=count, default=256, help="completions decoded side by side")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="of selection and sampling")
+    parser.add_argument("--limit", type=at_least(0), default=0, help="search the first so many problems, 0 is all")
     parser.add_argument("--skip_bad", action="store_true", help="name and skip bad lines of --data instead of stopping")
     parser.add_argument("--trust_remote_code", action="store_true", help="run the model's own code from the hub")
     args = parser.parse_args()
-    counts = (args.rollouts, args.max_depth, args.branch, args.parallel, args.batch_size, args.max_new_tokens)
-    if min(counts) < 1 or not args.temperature > 0 or not args.c_uct >= 0 or min(args.seed, args.limit) < 0:
-        raise InputError("expected --rollouts, --max_depth, --branch, --parallel, --batch_size and --max_new_tokens of at least 1, "
-                         "--temperature above 0, and --c_uct, --seed and --limit not below.")
     problems = read_problems(args.data, args.limit, args.skip_bad)
     settings = {key: getattr(args, key) for key in ("model", "adapter", "data", "rollouts", "max_depth", "branch", "c_uct", "temperature", "max_new_tokens", "seed")}
     rank, world, device = evaluate.distributed()
-    os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
     if rank == 0:
         drop_torn_line(args.out)
     if world > 1:
@@ -225,8 +224,9 @@ def main():
     done = finished(args.out, settings)
     if world > 1:
         dist.barrier()  # nobody appends before everybody has read
-    todo = [problem for problem in problems if problem["id"] not in done][rank::world]
     model, tokenizer = evaluate.load(args.model, args.adapter, device, trust_remote_code=args.trust_remote_code)
+    problems = evaluate.fitting(model, tokenizer, problems, args.skip_bad)
+    todo = [problem for problem in problems if problem["id"] not in done][rank::world]
     with tqdm(total=len(todo), unit="problem", disable=rank > 0) as bar:
         run(model, tokenizer, todo, args, settings, bar)
     if world > 1:

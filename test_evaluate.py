@@ -2,18 +2,26 @@
 import json
 import os
 import random
+import re
+import resource
+import shutil
+import signal
 import subprocess
 import sys
 import time
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast, Qwen2Config,
                           Qwen2ForCausalLM)
 
 import evaluate
+import tree
 from evaluate import extract_answer, is_correct
 from tree import InputError
 
@@ -223,6 +231,59 @@ def test_scoring_as_a_command(tmp_path):
     assert (tmp_path / "scores.jsonl").read_text() == whole
     refused = score("--seed", "1")
     assert refused.returncode == 2 and "another policy" in refused.stderr and "Traceback" not in refused.stderr
+    (tmp_path / "data.jsonl").write_text((tmp_path / "data.jsonl").read_text().replace("#### 2", "#### 7"))
+    assert "another problem with the id" in score().stderr
+
+
+def test_a_scoring_stopped_at_any_moment_is_continued(tmp_path):
+    """Killed, asked to end, interrupted, or out of space: a score was lost, doubled or torn, or a traceback shown. 20 moments with TREE_OPO_SLOW=1."""
+    tiny_folder(tmp_path / "model")
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps({"question": f"Ann has {k} pens .", "answer": str(k)}) + "\n" for k in range(60)))
+
+    def start(out, **how):
+        flags = f"--model model --data data.jsonl --out {out} --max_new_tokens 60 --batch_size 1 --samples 3"
+        return subprocess.Popen([sys.executable, os.path.join(HERE, "evaluate.py"), *flags.split()], cwd=tmp_path, stdout=subprocess.DEVNULL, text=True,
+                                stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}, **how)
+    assert start("whole").wait() == 0
+    whole = (tmp_path / "whole").read_text()
+    rng, path = random.Random(0), tmp_path / "stopped"
+    sizes = sorted(rng.randrange(len(whole.encode())) for _ in range(20 if os.environ.get("TREE_OPO_SLOW") else 3))
+    for moment, size in enumerate(sizes):  # again and again, the same file
+        number = [signal.SIGKILL, None, signal.SIGTERM, signal.SIGINT][moment % 4]
+        if number is None:  # the disk is full there
+            process = start("stopped", preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)))
+            assert process.communicate()[1].endswith(" intact\n") and process.returncode == 2
+        else:
+            process = start("stopped")
+            while process.poll() is None and not (path.exists() and path.stat().st_size >= size):
+                time.sleep(0.001)
+            process.send_signal(number)
+            said = process.communicate()[1]
+            assert process.returncode in (0, -9 if number == signal.SIGKILL else 128 + number) and "Traceback" not in said, said
+            assert process.returncode < 128 or said.endswith(f"\nevaluate.py: stopped by {number.name}; what was finished is kept.\n")
+        assert whole.startswith(path.read_text())
+    assert start("stopped").wait() == 0 and path.read_text() == whole
+
+
+BAD_FLAGS = ["--limit -1", "--seed -1", "--samples -1", "--temperature nan", "--temperature -1", "--temperature inf", "--batch_size 0", "--max_new_tokens 0",
+             "--data FOLDER", "--data FOLDER/none", "--data FOLDER/empty", "--data FOLDER/torn", "--out FOLDER", "--out /dev/full", "--out FOLDER/torn/below",
+             "--out FOLDER/half", "--out FOLDER/other", "--compare FOLDER/torn FOLDER/other", "--compare FOLDER/half FOLDER/half", "--model FOLDER/none", "--lim 3"]
+
+
+@pytest.mark.parametrize("flags", BAD_FLAGS)
+def test_bad_flags_and_files_are_one_sentence_before_any_model_is_loaded(tmp_path, capsys, flags):
+    """A batch of 0 was a traceback after minutes of loading; a limit of -1 scored one problem; half a row of scores was a KeyError at the end."""
+    score = {**rows_of([[True]])[0], "policy": "another", "question": "q", "answer": "1"}
+    for name, text in (("empty", ""), ("torn", '{"id": "p'), ("data", '{"id": "0", "question": "q", "answer": "1"}\n'), ("other", json.dumps(score) + "\n"),
+                       ("half", json.dumps({**score, "tokens": []}) + "\n")):
+        (tmp_path / name).write_text(text)
+    argv = ["evaluate.py", "--data", f"{tmp_path}/data", "--out", f"{tmp_path}/out", *flags.replace("FOLDER", str(tmp_path)).split()]
+    loaded = AssertionError("a model was loaded")
+    with patch.object(sys, "argv", argv), patch.object(evaluate.AutoModelForCausalLM, "from_pretrained", side_effect=loaded), \
+            patch.object(tree, "leave_on_signals"), pytest.raises(SystemExit) as end:
+        tree.run_command(evaluate.main)
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and re.fullmatch(r"evaluate\.py: [^\n]+\n", said) and str(loaded) not in said, said
 
 
 @pytest.mark.parametrize("name, says", [("nobody/nothing", "cannot be loaded"), ("./nowhere", "no folder"), ("/nowhere/at/all", "no folder")])
@@ -247,6 +308,63 @@ def test_models_that_cannot_work_are_refused(tmp_path):
     tokenizer.save_pretrained(tmp_path / "model")
     with pytest.raises(InputError, match="no end-of-sequence token"):
         evaluate.load(str(tmp_path / "model"))
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = None  # needed by nobody here
+    tokenizer.save_pretrained(tmp_path / "model")
+    assert evaluate.load(str(tmp_path / "model"))[1].chat_template is None
+
+
+def change_json(path, **fields):
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def change_weights(path, change):
+    save_file({name: weight.contiguous() for name, weight in change(load_file(path)).items()}, path, {"format": "pt"})
+
+
+def only_pickle(path):
+    torch.save(load_file(path), path.with_name("pytorch_model.bin" if path.name == "model.safetensors" else "adapter_model.bin"))
+    path.unlink()
+
+
+WEIGHTS, CONFIG, ADAPTER = "model/model.safetensors", "model/config.json", "adapter/adapter_model.safetensors"
+DAMAGE = {  # file, what is done to it, what is said then
+    "truncated": (WEIGHTS, lambda p: p.write_bytes(p.read_bytes()[:-50]), "SafetensorError"), "empty": (WEIGHTS, lambda p: p.write_bytes(b""), "SafetensorError"),
+    "pickled": (WEIGHTS, only_pickle, "no file named model.safetensors"), "no number": (WEIGHTS, lambda p: change_weights(p, lambda w: {n: x * np.nan for n, x in w.items()}), "no finite"),
+    "a weight missing": (WEIGHTS, lambda p: change_weights(p, lambda w: dict(list(w.items())[1:])), "and 0 others are missing"),
+    "other shapes": (CONFIG, lambda p: change_json(p, hidden_size=64), "of another shape"), "more layers": (CONFIG, lambda p: change_json(p, num_hidden_layers=5), "are missing"),
+    "torn config": (CONFIG, lambda p: p.write_text("{"), "valid JSON"), "a list": (CONFIG, lambda p: p.write_text("[]"), "TypeError"),
+    "own code": (CONFIG, lambda p: change_json(p, model_type="own", auto_map={"AutoConfig": "own.C"}), "custom code"),
+    "torn tokenizer": ("model/tokenizer.json", lambda p: p.write_text('{"a":'), "JSONDecodeError"), "ends": ("model/generation_config.json", lambda p: change_json(p, eos_token_id="x"), "TypeError"),
+    "template": ("model/tokenizer_config.json", lambda p: change_json(p, chat_template="{{ raise_exception('no') }}"), "TemplateError"),
+    "adapter truncated": (ADAPTER, lambda p: p.write_bytes(p.read_bytes()[:-50]), "SafetensorError"), "adapter pickled": (ADAPTER, only_pickle, "no adapter_model.safetensors"),
+    "adapter of other layers": (ADAPTER, lambda p: change_weights(p, lambda w: w | {n.replace("layers.1", "layers.7"): x.clone() for n, x in w.items()}), "alone"),
+    "adapter of other modules": ("adapter/adapter_config.json", lambda p: change_json(p, target_modules=["up_proj"]), "alone"),
+    "adapter of other shapes": (ADAPTER, lambda p: change_weights(p, lambda w: {n: x[:, :9] for n, x in w.items()}), "size mismatch"),
+    "adapter of another model": ("adapter/adapter_config.json", lambda p: change_json(p, base_model_name_or_path="Qwen/Qwen2.5-0.5B"), "trained on Qwen"),
+    "adapter config": ("adapter/adapter_config.json", lambda p: p.write_text("{}"), "KeyError")}
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory):
+    """A folder with a model and an adapter on it that can be loaded."""
+    folder = tmp_path_factory.mktemp("sound")
+    tiny_folder(folder / "model")
+    model, _ = evaluate.load(str(folder / "model"))
+    get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")).save_pretrained(folder / "adapter")
+    evaluate.load(str(folder / "model"), str(folder / "adapter"))
+    return folder
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_models_are_one_sentence(sound, tmp_path, damage):
+    """Weights that are missing were made up, an adapter's that had no place were left out: both ran, in silence. The rest were tracebacks."""
+    file, spoil, says = DAMAGE[damage]
+    shutil.copytree(sound, tmp_path, dirs_exist_ok=True)
+    spoil(tmp_path / file)
+    with pytest.raises(InputError, match=says) as caught:
+        evaluate.load(str(tmp_path / "model"), str(tmp_path / "adapter"))
+    assert "xpected" in str(caught.value) and "\n" not in str(caught.value)
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -2,8 +2,13 @@
 import itertools
 import json
 import os
+import random
+import re
+import resource
+import signal
 import subprocess
 import sys
+import time
 import zlib
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -16,6 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import evaluate
 import mcts
+import tree
 from mcts import Node
 from tree import ANSWER_MARKER, InputError, read_trees
 
@@ -184,9 +190,9 @@ def make_model(folder):
     open(f"{folder}/data.jsonl", "w").writelines(json.dumps(row) + "\n" for row in rows)
 
 
-def run(folder, name, *more):
+def run(folder, name, *more, grader=right):
     """The command in this process; returns the lines of its output."""
-    with patch.object(sys, "argv", ["mcts.py", *flags(folder, name, *more)]), patch.object(evaluate, "is_correct", right):
+    with patch.object(sys, "argv", ["mcts.py", *flags(folder, name, *more)]), patch.object(evaluate, "is_correct", grader):
         mcts.main()
     return open(f"{folder}/{name}", encoding="utf-8").read().splitlines()
 
@@ -230,6 +236,71 @@ def test_a_restart_does_what_is_missing_and_no_more(tmp_path):
     open(killed, "ab").write(b'{"id": "p')  # another rank is killed within a line while this one goes on
     mcts.append(killed, {"id": "next"})
     assert open(killed).read().splitlines() == again + ['{"id": "next"}']
+
+
+def start(*more, **how):
+    """The command as a process of its own."""
+    return subprocess.Popen([sys.executable, mcts.__file__, *map(str, more)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                            env=os.environ | {"OMP_NUM_THREADS": "1"}, **how)
+
+
+def test_stopped_at_any_moment_it_loses_nothing(tmp_path):
+    """Killed, asked to end, or interrupted: a finished search was lost, a torn one kept, one done twice, or a traceback shown. 20 moments with TREE_OPO_SLOW=1."""
+    make_model(tmp_path)
+    whole = run(tmp_path, "whole", grader=evaluate.is_correct)
+    for moment in range(20 if os.environ.get("TREE_OPO_SLOW") else 3):
+        rng, number, path = random.Random(moment), (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)[moment % 3], f"{tmp_path}/{moment}"
+        process, size = start(*flags(tmp_path, moment, "--parallel", "2")), rng.random() * sum(map(len, whole))
+        time.sleep(rng.uniform(0.4, 3) * (moment % 4 == 3))  # a quarter of them while it starts
+        while moment % 4 < 3 and process.poll() is None and not (os.path.exists(path) and os.path.getsize(path) >= size):
+            time.sleep(0.001)
+        process.send_signal(number)
+        said = process.communicate(timeout=60)[1]
+        assert process.returncode in (0, -9 if number == signal.SIGKILL else 128 + number) and "Traceback" not in said, said
+        assert process.returncode < 128 or said.endswith(f"\nmcts.py: stopped by {number.name}; what was finished is kept.\n")
+        kept = open(path, encoding="utf-8").read().split("\n")[:-1] if os.path.exists(path) else []
+        again = run(tmp_path, moment, grader=evaluate.is_correct)
+        assert again[:len(kept)] == kept and sorted(again) == sorted(whole)
+
+
+def test_a_full_disk_is_one_sentence(tmp_path):
+    """And what was there before is searched no second time."""
+    make_model(tmp_path)
+    whole = run(tmp_path, "whole", grader=evaluate.is_correct)
+    half = sum(map(len, whole)) // 2
+    process = start(*flags(tmp_path, "full"), preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (half, half)))
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 2 and re.search(r"\nmcts\.py: [^\n]+ intact\n$", said) and "Traceback" not in said, said
+    kept = open(f"{tmp_path}/full", encoding="utf-8").read().split("\n")[:-1]
+    again = run(tmp_path, "full", grader=evaluate.is_correct)
+    assert again[:len(kept)] == kept and 0 < len(kept) < 9 and sorted(again) == sorted(whole)
+
+
+BAD_FLAGS = ["--limit -1", "--limit x", "--seed -1", "--temperature nan", "--temperature 0", "--temperature inf", "--c_uct nan", "--c_uct -1", "--rollouts 0",
+             "--max_depth 0", "--branch 0", "--parallel 0", "--batch_size -3", "--max_new_tokens 0", "--max_new_tokens 1.5", "--data FOLDER", "--data FOLDER/none",
+             "--data FOLDER/empty", "--data FOLDER/torn", "--data FOLDER/trace", "--out FOLDER", "--out /dev/full", "--out FOLDER/torn/below", "--lim 3", "--nothing", "--model FOLDER/none"]
+
+
+@pytest.mark.parametrize("more", BAD_FLAGS)
+def test_bad_flags_and_files_are_one_sentence_before_any_model_is_loaded(tmp_path, capsys, more):
+    """A batch of 0 was a traceback after minutes of loading; a limit of -1 searched one problem."""
+    for name, text in (("empty", ""), ("torn", '{"id": "p'), ("trace", '{"id": "p", "steps": ["a"]}\n'), ("data.jsonl", '{"id": "p", "question": "q", "answer": "1"}\n')):
+        open(f"{tmp_path}/{name}", "w").write(text)
+    loaded = AssertionError("a model was loaded")
+    with patch.object(sys, "argv", ["mcts.py", *flags(tmp_path, "out", *more.replace("FOLDER", str(tmp_path)).split())]), pytest.raises(SystemExit) as end, \
+            patch.object(tree, "leave_on_signals"), patch.object(evaluate.AutoModelForCausalLM, "from_pretrained", side_effect=loaded):
+        mcts.run_command(mcts.main)
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and re.fullmatch(r"mcts\.py: [^\n]+\n", said) and str(loaded) not in said, said
+
+
+def test_a_question_beyond_the_context(tmp_path, capsys):
+    """100 kB for a model of 2,048 positions was completed all the same, in garbage, or took all memory; skipped, it is named and the others are searched."""
+    make_model(tmp_path)
+    open(f"{tmp_path}/data.jsonl", "a").write(json.dumps({"id": "long", "question": "Qab " * 25_000, "answer": "1"}) + "\n")
+    with pytest.raises(InputError, match='"long" has 100000 tokens; expected 1 to 2048'):
+        run(tmp_path, "out")
+    assert len(run(tmp_path, "out", "--skip_bad")) == 9 and '"long" has 100000 tokens' in capsys.readouterr().err
 
 
 def test_two_ranks_search_what_one_would(tmp_path):

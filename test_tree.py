@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import resource
 import subprocess
 import sys
 
@@ -187,16 +188,18 @@ def test_problems_as_they_are_published(tmp_path):
 
 GONE = object()  # the field is missing
 RAW = ['{"id": "p", "nodes": [{"par', "[1, 2]", '"abc"', b'{"id": "\xff"}', "[" * 99_999, "NaN",
-       '{"id": "z", "question": "half a pair \\ud83e", "answer": "1", "steps": ["a"], "reward": 1}']
+       '{"id": "z", "question": "half a pair \\ud83e", "answer": "1", "steps": ["a"], "reward": 1}', b"\0\0\0", b"\x1f\x8b\x08", '{"a": 1}{"a": 2}',
+       '{"id": "z", "question": "q", "answer": 1e999, "steps": ["a"], "reward": 1}', '{"id": "z", "question": "q", "answer": "1", "level": 1' + "0" * 5000 + "}"]
 SEARCH, TRACE = search(node(-1), node(0, "a"), node(1, "b"), node(1, "c")), trace("a", "b")
 SPOILT = [  # a good row, where in it, and what must not stand there
-    (SEARCH, "id", [None, True, ["p"], GONE]), (SEARCH, "question", [5, " ", "Other?", GONE]), (SEARCH, "nodes 0 step", ["Let me think."]),
+    (SEARCH, "id", [None, True, ["p"], " ", 1.5, GONE]), (SEARCH, "question", [5, " ", "Other?", GONE]), (SEARCH, "nodes 0 step", ["Let me think."]),
     (SEARCH, "answer", [None, True, ["\x1b[31m"], " ", "5", GONE]), (SEARCH, "nodes", [{"0": {}}, [], [7], GONE]), (SEARCH, "nodes 0 parent", [0]),
     (SEARCH, "nodes 1 parent", [9, 2, 1, -1, 0.0, False, "0", GONE]),  # out of reach, cyclic, its own, a second root
     (SEARCH, "nodes 1 step", [3, "", " ", "a\n\nb", "a\n \nb", GONE]), (SEARCH, "nodes 1 visits", [-1, 0.5, True, "1", 10 ** 400, GONE]),
     (SEARCH, "nodes 1 value", [-0.5, 1.5, True, "1", float("nan"), float("inf"), 10 ** 400, GONE]), (SEARCH, "nodes 1 terminal", ["false", None]),
     (TRACE, "steps", ["abc", [], ["a", 1], ["a", ""], ["a\n\nb"], GONE]), (TRACE, "reward", [True, 2, -1, float("nan"), "1", GONE]), (TRACE, "answer", ["5"]),
-    (PROBLEM, "id", [None, True, [1], "p"]), (PROBLEM, "question", [None, "", GONE]), (PROBLEM, "answer", [["1"], None, True, float("nan"), "7\n####", GONE])]
+    (PROBLEM, "answer", ["$", ".", "\\text{}", "\\boxed{}", "\\boxed{5", "5}", "5\\", "7\n#### ?"]),  # nothing to grade by
+    (PROBLEM, "id", [None, True, [1], "p", "", 0.5]), (PROBLEM, "question", [None, "", GONE]), (PROBLEM, "answer", [["1"], None, True, float("nan"), "7\n####", GONE])]
 TABLE = [pytest.param(reader, line, "", id=f"{reader.__name__} {line[:20]}") for reader in (read_trees, read_problems) for line in RAW]
 for good, where, value in ((good, where, value) for good, where, values in SPOILT for value in values):
     *way, last = (int(key) if key.isdigit() else key for key in where.split())
@@ -223,6 +226,13 @@ def test_bad_input_is_named_or_skipped(tmp_path, reader, line, shown):
     assert start in err.getvalue() and "1 bad line" in err.getvalue()
 
 
+@pytest.mark.parametrize("answer", ["1,234", "-3", "1/2", "$5.00", "\\frac{1}{2}", "\\{1, 2\\}", "\\left\\{ x \\right.", "()", "\\emptyset", "½", "∅", "שלוש", "(A)", 0, -0.0, 1e22])
+def test_answers_that_can_be_graded_are_read(tmp_path, answer):
+    """With a byte-order mark, Windows' line ends, text from right to left, an id like a path, and a question of 100 kB."""
+    row = {"id": "../\\é", "question": "כמה? " * 20_000, "answer": answer}
+    assert read_problems(write(tmp_path, "\ufeff" + json.dumps(row) + "\r")) == [{**row, "question": row["question"].strip(), "answer": str(answer)}]
+
+
 @pytest.mark.parametrize("reader", [read_trees, read_problems])
 def test_no_file_no_line_and_nesting(tmp_path, reader):
     """Missing, a folder, empty, blank, or nothing but bad lines: never an empty data set. Nesting that can be read but not shown again."""
@@ -239,11 +249,18 @@ def test_no_file_no_line_and_nesting(tmp_path, reader):
 def test_the_command(tmp_path):
     """Two files become one; no colour in a pipe; a mistake is one sentence and status 2, not a traceback; a closed pipe is no mistake."""
     env, out = {**os.environ, "PYTHONUNBUFFERED": ""}, os.path.join(tmp_path, "trees.jsonl")
-    run = lambda *args: subprocess.run([sys.executable, tree.__file__, *args], capture_output=True, encoding="utf-8", env=env)
+    run = lambda *args, env=env, **how: subprocess.run([sys.executable, tree.__file__, *args], capture_output=True, encoding="utf-8", env=env, **how)
     done = run(write(tmp_path, trace("a", "b", reward=0)), write(tmp_path, trace("a", "c"), name="more"), "--out", out, "--show", "--id", "p")
     assert done.returncode == 0 and prefixes(*read_trees(out)) == {(): (2, 1.0), ("a",): (2, 1.0)}
     assert "\033" not in done.stdout and "└─ a" in done.stdout and "1 problems, 2 distinct prefixes" in done.stdout
-    for failed in (run(write(tmp_path, '{"id": "\x1b[31m')), run(out, "--id", "other"), run(out, "--out", str(tmp_path))):
+    os.mkfifo(fifo := f"{tmp_path}/fifo")
+    for flags in ([write(tmp_path, '{"id": "\x1b[31m', name="bad")], [out, "--id", "other"], [out, "--out", str(tmp_path)], [out, "--out", fifo], [fifo],
+                  [out, "--out", f"{out}/below"], ["\x1b[31m\n"], ["--\x1b[31m"], [b"\xff"], [out, "--i", "p"], ["--id"]):
+        failed = run(*flags)
         assert failed.returncode == 2 and re.fullmatch(r"tree\.py: [^\n\x1b]+\n", failed.stderr), failed.stderr
+    assert os.path.exists(fifo) and run(out, "--show", env={**env, "PYTHONIOENCODING": "ascii"}).returncode == 0
+    before = open(out).read()
+    full = run(write(tmp_path, trace(*["step"] * 999), name="long"), "--out", out, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (999, 999)))
+    assert full.returncode == 2 and re.fullmatch(r"tree\.py: [^\n]+ intact\n", full.stderr) and open(out).read() == before
     command = '(sleep 0.1; "$0" "$1" "$2" --show; echo "status $?" >&2) | true'
     assert subprocess.run(["bash", "-c", command, sys.executable, tree.__file__, out], capture_output=True, env=env).stderr == b"status 0\n"

@@ -13,9 +13,11 @@ Prefix trees: from searches and traces to groups of prefixes, and from a group t
     python tree.py --show out/trees.jsonl --id train-12
 """
 import argparse
+import atexit
 import json
 import os
 import re
+import signal
 import sys
 from dataclasses import dataclass, field
 
@@ -23,6 +25,7 @@ import numpy as np
 
 # What announces a final answer; a prefix that has it leaves nothing to reason about.
 ANSWER_MARKER = re.compile(r"\\(?:boxed|fbox)|####|answers?[\s*_]{0,9}(?:(?:is|are)\b|[:=])", re.IGNORECASE)
+CONTENT = re.compile(r"[^\W_]|[^\x00-\x7f\s]|[(\[]")  # an answer has some of it, or no completion is ever right
 BLANK_LINE = re.compile(r"\n[^\S\n]*\n")
 JOIN = "\n\n"  # between steps, and after each step of a prefix
 
@@ -32,16 +35,54 @@ class InputError(ValueError):
     """What was found, where, and what was expected: shown to the user as it is."""
 
 
+def leave_on_signals():
+    """From here on Ctrl-C and SIGTERM end the script cleanly: files are closed, then one sentence, and exit status 130 or 143."""
+    def leave(number, _):
+        def end(*_):
+            os.write(2, f"\n{os.path.basename(sys.argv[0])}: stopped by {signal.Signals(number).name}; what was finished is kept.\n".encode())
+            os._exit(128 + number)
+        atexit.register(end)
+        signal.signal(signal.SIGALRM, end)
+        signal.alarm(3)  # libraries swallow an exit here and there
+        sys.exit(128 + number)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, leave)
+
+
 def run_command(main):
     """Run a script's `main`; an InputError, or a file that cannot be read or written, becomes one line on stderr and exit status 2."""
+    leave_on_signals()
+    sys.stdout.reconfigure(errors="replace", line_buffering=True)  # a terminal without our box characters; whole lines before a signal
     try:
         main()
         sys.stdout.flush()  # a closed pipe shows here, not when the interpreter ends
     except BrokenPipeError:  # `python tree.py --show | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (InputError, OSError) as error:
-        print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr)
+    except (InputError, OSError, MemoryError) as error:
+        kept = ". What was written before is intact" if isinstance(error, OSError) and not error.filename else ""  # a full disk
+        print(printable(f"{os.path.basename(sys.argv[0])}: {error}{kept}"), file=sys.stderr)
         sys.exit(2)
+
+
+def arguments(description):
+    """An argparse parser as every script has it: defaults in the help, whole names only, and a mistake is an InputError."""
+    def error(message):
+        raise InputError(f"{message}; see --help.")
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+    parser.error = error
+    return parser
+
+
+def at_least(low, kind=int):
+    """A type of argparse's: a finite number of this kind, `low` or more."""
+    def parse(text):
+        try:
+            if low <= kind(text) < float("inf"):
+                return kind(text)
+        except ValueError:
+            pass
+        raise argparse.ArgumentTypeError(f"found {shorten(text)}, expected {'a whole number' if kind is int else 'a number'} of at least {low}")
+    return parse
 
 
 def read_jsonl(path, parse, skip_bad=False):
@@ -52,7 +93,7 @@ def read_jsonl(path, parse, skip_bad=False):
     With `skip_bad` a bad line is named on stderr and passed over.
     """
     if not os.path.isfile(path):
-        raise InputError(f"there is no file {path}. Give the path of a JSONL file, one object a line.")
+        raise InputError(f"there is no file {path}. Expected a JSONL file, one object a line.")
     good = bad = 0
     with open(path, "rb") as lines:
         for number, line in enumerate(lines, 1):
@@ -61,7 +102,7 @@ def read_jsonl(path, parse, skip_bad=False):
             try:
                 try:
                     row = json.loads(line.decode("utf-8-sig"), parse_constant=int)  # int("NaN") and int("Infinity") raise
-                    json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair could never be written again
+                    json.dumps(row, ensure_ascii=False, allow_nan=False).encode()  # half a surrogate pair, or 1e999, could never be written again
                 except (ValueError, RecursionError) as error:
                     raise InputError(f"the line is no JSON ({error}); it may be torn. Expected one object a line.")
                 if not isinstance(row, dict):
@@ -71,23 +112,45 @@ def read_jsonl(path, parse, skip_bad=False):
                 if not skip_bad:
                     raise InputError(f"{path}, line {number}: {error}") from None
                 bad += 1
-                print(f"skipped {path}, line {number}: {error}", file=sys.stderr)
+                print(printable(f"skipped {path}, line {number}: {error}"), file=sys.stderr)
                 continue
             good += 1
             yield parsed
     if bad:
-        print(f"skipped {bad} bad lines of {path}", file=sys.stderr)
+        print(printable(f"skipped {bad} bad lines of {path}"), file=sys.stderr)
     if not good:
         raise InputError(f"{path} holds no usable line. Expected JSONL, one object a line.")
 
 
+def make_folder(path):
+    """Make the folder of an output file. InputError where its name is that of a folder, a device or a pipe."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise InputError(f"{path} is no file; expected the name of one to write.")
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+
+
 def drop_torn_line(path):
-    """Cut off a last line that a killed writer left without its end. What opens no object is no such line and stays."""
-    if os.path.isfile(path):
-        with open(path, "rb+") as file:
-            whole = (text := file.read()).rfind(b"\n") + 1
-            if text[whole:whole + 1] == b"{":
-                file.truncate(whole)
+    """Make an output file that can be appended to: create it where it is missing, and cut off a last line that a killed writer
+    left without its end. What opens no object is no such line and stays."""
+    make_folder(path)
+    with open(path, "ab+") as file:
+        file.seek(0)
+        whole = (text := file.read()).rfind(b"\n") + 1
+        if text[whole:whole + 1] == b"{":
+            file.truncate(whole)
+
+
+def write_jsonl(rows, path):
+    """Write rows as JSONL, aside first and then renamed: a killed run leaves no half-written file."""
+    make_folder(path)
+    with open(path + ".tmp", "w", encoding="utf-8") as out:
+        out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    os.replace(path + ".tmp", path)
+
+
+def printable(text):
+    """Text without what a terminal would obey: escapes, bells, and marks that turn the writing direction."""
+    return "".join(c if c.isprintable() else " " for c in text)
 
 
 def shorten(value, width=60):
@@ -114,12 +177,18 @@ def parse_problem(row, number, stem="problem"):
     if "####" in answer:  # GSM8K: the worked solution, then #### and the answer
         solution, _, answer = answer.rpartition("####")
         problem.setdefault("steps", sum(bool(line.strip()) for line in solution.splitlines()))
-    if not question.strip() or not answer.strip():
-        raise InputError(f"the question or the answer is empty: {shorten(row)}. Expected both.")
+    if not question.strip():
+        raise InputError(f"the question is {shorten(question)}; expected some text.")
+    answer = answer.strip()
+    bare = re.sub(r"\\(text\w*|[{}])", lambda m: "" if m[1][0] == "t" else "(", ANSWER_MARKER.sub("", answer))
+    if not CONTENT.search(bare) or bare.count("{") != bare.count("}") or answer.endswith("\\"):
+        raise InputError(f"no grader can read the answer {shorten(answer)} of {shorten(row['answer'])}; expected a number, a formula or words, braces in pairs.")
     name = take({"id": row.get("unique_id", f"{stem}-{number}"), **row}, "id", (str, int), "the problem's id")
     if "instance" in row:  # GSM-Symbolic: one template, many instances
         name = f"{name}-{row['instance']}"
-    return {"id": str(name), "question": question.strip(), "answer": answer.strip(), **problem}
+    if not str(name).strip():
+        raise InputError(f"field \"id\" is {shorten(name)}; expected the problem's id.")
+    return {"id": str(name), "question": question.strip(), "answer": answer, **problem}
 
 
 def read_problems(path, limit=None, skip_bad=False):
@@ -263,14 +332,9 @@ def read_trees(paths, skip_bad=False):
 
 
 def write_trees(trees, path):
-    """Write trees as JSONL, aside first and then renamed: a killed run leaves no half-written file."""
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    with open(path + ".tmp", "w", encoding="utf-8") as out:
-        for tree in trees:
-            columns = zip(tree.parent, tree.steps, tree.depth().tolist(), tree.visits, tree.value)
-            nodes = [dict(zip(("parent", "step", "depth", "visits", "value"), node)) for node in columns]
-            out.write(json.dumps({"id": tree.id, "question": tree.question, "answer": tree.answer, "nodes": nodes}, ensure_ascii=False) + "\n")
-    os.replace(path + ".tmp", path)
+    columns = lambda tree: zip(tree.parent, tree.steps, tree.depth().tolist(), tree.visits, tree.value)
+    write_jsonl(({"id": tree.id, "question": tree.question, "answer": tree.answer, "nodes": [
+        dict(zip(("parent", "step", "depth", "visits", "value"), node)) for node in columns(tree)]} for tree in trees), path)
 
 
 def tokenize(trees, encode, max_prompt):
@@ -380,11 +444,6 @@ def micro_batches(samples, micro_tokens, row_tokens=0):
 YELLOW_TO_GREEN = (226, 190, 154, 118, 82, 46, 40, 34, 28, 22)  # of the terminal's 256 colours, as in Fig. 1
 
 
-def printable(text):
-    """Model text without what a terminal would obey: escapes, bells, and marks that turn the writing direction."""
-    return "".join(c if c.isprintable() else " " for c in text)
-
-
 def show(tree, colour):
     """The tree as text: a line a node, indented, with visits and the teacher's success rate."""
     children, depth = {}, tree.depth()
@@ -402,7 +461,7 @@ def show(tree, colour):
             line = f"\033[38;5;{YELLOW_TO_GREEN[min(depth[node], len(YELLOW_TO_GREEN) - 1)]}m{line}\033[0m"
         lines.append(indent + branch + line)
         below = children.get(node, [])
-        indent += {"": "", "├─ ": "│  ", "└─ ": "   "}[branch]
+        indent = (indent + {"": "", "├─ ": "│  ", "└─ ": "   "}[branch])[-60:]  # a trace of 100,000 steps would need gigabytes of it
         stack += [(child, indent, "└─ " if child == below[-1] else "├─ ") for child in reversed(below)]
     return "\n".join(lines + [f"answer: {printable(tree.answer)}   id: {printable(tree.id)}"])
 
@@ -420,8 +479,7 @@ def summary(trees):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Build prefix trees from searches and traces, and show them.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+    parser = arguments("Build prefix trees from searches and traces, and show them.")
     parser.add_argument("files", nargs="*", default=["data/arithmetic/trees.jsonl"], help="searches, traces or trees, JSONL")
     parser.add_argument("--out", help="write the merged trees to this JSONL file")
     parser.add_argument("--show", action="store_true", help="draw a tree in the terminal")

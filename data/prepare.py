@@ -10,7 +10,6 @@ on clean solutions. The student goes on from there, on solutions by people with 
 two) and slips, as a base model is trained on noisy text: it can do the sums and often does the wrong one. The teacher's
 searches of the training problems become the prefix trees. All of it derives from one seed.
 """
-import argparse
 import json
 import os
 import random
@@ -23,7 +22,7 @@ import urllib.request
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
 sys.path.insert(0, ROOT)
-from tree import InputError, read_problems, run_command  # noqa: E402
+from tree import InputError, arguments, at_least, read_problems, run_command, write_jsonl  # noqa: E402
 
 # ---------------------------------------------------------------------------------------------------
 # Published data sets: our file -> where it is published
@@ -60,17 +59,9 @@ def fetch(name, source, out):
             except (urllib.error.URLError, OSError) as error:
                 raise InputError(f"{address} cannot be fetched ({error}). Fetch it elsewhere and give the file or its folder with --source.") from None
         problems = read_problems(raw)
-        write(path, problems)
+        write_jsonl(problems, path)
         os.remove(raw)
         print(f"{path}: {len(problems)} problems")
-
-
-def write(path, rows):
-    """Write rows as JSONL, aside and then renamed."""
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    with open(path + ".new", "w", encoding="utf-8") as out:
-        out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    os.replace(path + ".new", path)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -172,9 +163,9 @@ def make_arithmetic(out, seed):
     """Problems, then models and trees by this repository's own scripts, in the order of `commands`."""
     seen, tmp = set(), os.path.join(out, "tmp")
     for name, count, *shape in (("test", 400, 2, 5, 0), ("train", 2000, 2, 5, 0), ("hard_test", 400, 6, 8, 3), ("hard_train", 1000, 6, 8, 3)):
-        write(os.path.join(out, f"{name}.jsonl"), make_problems(name, count, *shape, seed, seen))
-    write(os.path.join(tmp, "clean.jsonl"), make_traces("clean", 24000, False, seed, seen))
-    write(os.path.join(tmp, "noisy.jsonl"), make_traces("noisy", 12000, True, seed, seen))
+        write_jsonl(make_problems(name, count, *shape, seed, seen), os.path.join(out, f"{name}.jsonl"))
+    write_jsonl(make_traces("clean", 24000, False, seed, seen), os.path.join(tmp, "clean.jsonl"))
+    write_jsonl(make_traces("noisy", 12000, True, seed, seen), os.path.join(tmp, "noisy.jsonl"))
     make_model(os.path.join(tmp, "init"), seed)
     sft = ["train.py", "--objective", "sft", "--lora_rank", 0, "--batch_size", 16, "--group_size", 1, "--eval_every", 0, "--save_every", 0, "--seed", seed]
     search = ["mcts.py", "--model", f"{tmp}/teacher", "--max_new_tokens", 128, "--seed", seed]
@@ -199,12 +190,11 @@ def make_arithmetic(out, seed):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Make or fetch a data set as JSONL problems.", allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = arguments("Make or fetch a data set as JSONL problems.")
     parser.add_argument("name", choices=("arithmetic", *PUBLISHED))
     parser.add_argument("--source", help="a local copy instead of the published address: a file, or a folder with files named as the published ones")
     parser.add_argument("--out", help="folder to write to; default data/NAME")
-    parser.add_argument("--seed", type=int, default=0, help="of everything in the embedded world")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="of everything in the embedded world")
     args = parser.parse_args()
     out = os.path.abspath(args.out or os.path.join(HERE, args.name))
     if args.name == "arithmetic":
