@@ -8,14 +8,13 @@ What differs from textbook GRPO:
    loss is the plain policy gradient of Sec. 3.4, a sum over completion tokens and a mean over samples.
 4. A group is one packed row: what its samples share is computed once (tree.pack).
 
-The methods that the paper compares with (Tables 1 and 2) differ in three places only: `assess` (what a completion, or each of its
-steps, is credited with), `surrogate` (how log-probs are weighted) and `divergence` (a KL term, if any). README has their commands.
+The methods that the paper compares with (Tables 1 and 2) differ in three places: what a completion (`compare`) or each of its steps
+(`credit_steps`) is credited with, how log-probs are weighted (`surrogate`), and a KL term (`divergence`). README has their commands.
 
     torchrun train.py --baseline expectation                          # the embedded default, on a laptop
     torchrun --nproc_per_node 8 train.py --preset paper --trees out/gsm8k_trees.jsonl --baseline expectation
     python train.py --resume                                          # go on where the default run was stopped
 """
-import argparse
 import json
 import math
 import os
@@ -38,8 +37,8 @@ from transformers import get_cosine_schedule_with_warmup
 
 import advantage
 import evaluate
-from tree import (InputError, drop_torn_line, micro_batches, parse_traces, read_jsonl, read_problems, read_trees, run_command,
-                  sample_group, tokenize)
+from tree import (InputError, arguments, at_least, drop_torn_line, micro_batches, parse_traces, read_jsonl, read_problems, read_trees,
+                  run_command, sample_group, tokenize, write_jsonl)
 
 # ---------------------------------------------------------------------------------------------------
 # Knobs. Any flag overrides its preset.
@@ -61,100 +60,93 @@ MAY_DIFFER = "out resume force skip_bad eval_data eval_limit eval_every eval_new
 
 def add_flags(parser):
     """Every knob, in groups. Defaults that differ between presets are in PRESETS."""
+    count, whole, share, positive, number = at_least(1), at_least(0), at_least(0, float, high=1), at_least(1e-12, float), at_least(0, float)
     add = parser.add_argument_group("model").add_argument
     add("--model", help="the student: a folder or a hub name")
     add("--adapter", help="start from this PEFT adapter instead of a fresh one")
-    add("--lora_rank", type=int, help="0 trains every weight instead of an adapter")
-    add("--lora_alpha", type=float, help="LoRA's scale is alpha / rank")
-    add("--lora_dropout", type=float, help="dropout in LoRA layers, in the update alone")
+    add("--lora_rank", type=whole, help="0 trains every weight instead of an adapter")
+    add("--lora_alpha", type=positive, help="LoRA's scale is alpha / rank")
+    add("--lora_dropout", type=at_least(0, float, high=0.99), help="dropout in LoRA layers, in the update alone")
     add("--trust_remote_code", action="store_true", help="run the model's own code from the hub")
     add = parser.add_argument_group("data").add_argument
     add("--trees", help="prefix trees, JSONL; traces or searches where the objective is sft")
     add("--eval_data", help="held-out problems, JSONL")
-    add("--eval_limit", type=int, default=0, help="evaluate on the first so many, 0 is all")
+    add("--eval_limit", type=whole, default=0, help="evaluate on the first so many, 0 is all")
     add("--skip_bad", action="store_true", help="name and skip bad lines instead of stopping")
     add("--out", help="run folder; default out/PRESET-GROUP-METHOD-SEED")
     add("--resume", action="store_true", help="go on from the checkpoint in --out")
     add("--force", action="store_true", help="resume although other flags differ from the checkpoint's")
-    add = parser.add_argument_group("method").add_argument
+    add = parser.add_argument_group("method (Table 1)").add_argument
     add("--objective", choices=("tree_opo", "sft"), default="tree_opo", help="sft: cross entropy on the steps of traces")
     add("--group", choices=("question", "trace", "tree"), default="tree", help="how a group's prefixes are drawn")
     add("--baseline", choices=sorted(advantage.ESTIMATORS), help="how its advantages are computed; default expectation")
-    add("--alpha", type=float, help="weight of V(prefix) in the advantage")
-    add("--mc_rollouts", type=int, default=4, help="fresh completions a prefix for --baseline mc (App. A.9)")
-    add("--ema", type=float, default=0.5, help="weight of a new reward in a prefix's history, for --baseline ema")
+    add("--alpha", type=share, help="weight of V(prefix) in the advantage")
+    add("--mc_rollouts", type=count, default=4, help="fresh completions a prefix for --baseline mc (App. A.9)")
+    add("--ema", type=share, default=0.5, help="weight of a new reward in a prefix's history, for --baseline ema")
     add("--no_root", action="store_true", help="leave the bare question out of the prefixes")
-    add("--group_size", type=int, help="samples that are compared with each other")
-    add("--batch_size", type=int, help="samples a step over all ranks")
-    add("--temperature", type=float, help="of the student's rollouts, and of the loss")
-    add("--max_prompt", type=int, help="longer prefixes are dropped, tokens")
-    add("--max_new_tokens", type=int, help="a completion that needs more has reward 0")
-    add("--epochs", type=int, default=1, help="updates a batch; with more than one the probability ratio is clipped, as in PPO and GRPO")
-    add("--clip", type=float, default=0.2, help="how far the ratio may leave 1")
-    add("--kl_coef", type=float, default=0.0, help="weight of KL(student || student without its adapter)")
+    add("--group_size", type=count, help="samples that are compared with each other")
+    add("--batch_size", type=count, help="samples a step over all ranks")
+    add("--temperature", type=at_least(0.01, float), help="of the student's rollouts, and of the loss")
+    add("--max_prompt", type=count, help="longer prefixes are dropped, tokens")
+    add("--max_new_tokens", type=count, help="a completion that needs more has reward 0")
+    add("--epochs", type=count, default=1, help="updates a batch; with more than one the probability ratio is clipped, as in PPO and GRPO")
+    add("--clip", type=positive, default=0.2, help="how far the ratio may leave 1")
+    add("--kl_coef", type=number, default=0.0, help="weight of KL(student || student without its adapter)")
     add = parser.add_argument_group("teacher and critic (Table 2, App. B, Sec. 3.1)").add_argument
     add("--teacher", help="a model with the student's vocabulary: a folder or a hub name")
     add("--teacher_adapter", help="a PEFT adapter on it")
-    add("--distill_coef", type=float, default=0.0, help="weight of the divergence to the teacher, a mean over completion tokens")
+    add("--distill_coef", type=number, default=0.0, help="weight of the divergence to the teacher, a mean over completion tokens")
     add("--kl", choices=("student_teacher", "teacher_student"), default="student_teacher", help="its direction: KL(first || second)")
     add("--reward", choices=("task", "teacher", "none"), default="task",
         help="task: 1 for the right answer; teacher: log p(teacher) - log p(student) of every step; none: the divergence alone")
     add("--behaviour", choices=("student", "teacher"), default="student", help="who writes the completions; the teacher's are weighted (Sec. 3.1)")
-    add("--weight_clip", type=float, default=10.0, help="largest importance weight of a teacher's completion")
+    add("--weight_clip", type=positive, default=10.0, help="largest importance weight of a teacher's completion")
     add("--critic", help="a decoder's folder or hub name; with a value head it replaces --baseline by GAE over reasoning steps")
-    add("--critic_lr", type=float, default=1e-3, help="of all its weights")
-    add("--critic_warmup", type=int, help="steps in which the critic learns and the student does not")
-    add("--gamma", type=float, default=0.95, help="discount a reasoning step, of step rewards and in GAE")
-    add("--gae_lambda", type=float, default=0.95, help="1 is REINFORCE with the critic as its baseline, 0 is TD(0)")
+    add("--critic_lr", type=positive, default=1e-3, help="of all its weights")
+    add("--critic_warmup", type=whole, help="steps in which the critic learns and the student does not")
+    add("--gamma", type=share, default=0.95, help="discount a reasoning step, of step rewards and in GAE")
+    add("--gae_lambda", type=share, default=0.95, help="1 is REINFORCE with the critic as its baseline, 0 is TD(0)")
     add = parser.add_argument_group("optimisation").add_argument
-    add("--steps", type=int, help="updates")
-    add("--max_tokens", type=int, default=0, help="end, and end the schedule, after so many generated tokens instead; 0: after --steps")
-    add("--lr", type=float, help="peak learning rate; cosine to 0 after 3 %% of warm-up")
-    add("--seed", type=int, default=0, help="of groups, completions and initial adapter")
-    add("--micro_tokens", type=int, default=8192 if torch.cuda.is_available() else 1024,
+    add("--steps", type=count, help="updates")
+    add("--max_tokens", type=whole, default=0, help="end, and end the schedule, after so many generated tokens instead; 0: after --steps")
+    add("--lr", type=positive, help="peak learning rate; cosine to 0 after 3 %% of warm-up")
+    add("--seed", type=whole, default=0, help="of groups, completions and initial adapter")
+    add("--micro_tokens", type=count, default=8192 if torch.cuda.is_available() else 1024,
         help="tokens a forward pass, padding included; does not change the objective (a CPU likes what fits its cache)")
     add("--no_pack", action="store_true", help="pad every sample to its own row instead of sharing prefixes")
     add("--nonfinite", choices=("skip", "abort"), default="skip", help="what to do with a step whose loss or gradient is not finite")
-    add("--eval_every", type=int, help="steps between evaluations, 0 is never, not even before and after")
-    add("--eval_new_tokens", type=int, help="limit of an evaluated completion")
-    add("--save_every", type=int, help="steps between checkpoints, 0 is never, but for the last")
-    add("--rollouts_every", type=int, default=10, help="steps between samples written to rollouts.jsonl, 0 is never")
+    add("--eval_every", type=whole, help="steps between evaluations, 0 is never, not even before and after")
+    add("--eval_new_tokens", type=count, help="limit of an evaluated completion")
+    add("--save_every", type=whole, help="steps between checkpoints, 0 is never, but for the last")
+    add("--rollouts_every", type=whole, default=10, help="steps between samples written to rollouts.jsonl, 0 is never")
 
 
 def parse_args(argv=None):
     """The knobs: a preset, and the flags that override it. Raises InputError where they make no sense together."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--preset", choices=PRESETS, default="arithmetic", help="defaults of the flags below; paper is its Table 3")
-    parser = argparse.ArgumentParser(description=__doc__.strip().split("\n\n")[0], parents=[first], allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = arguments(__doc__.strip().split("\n\n")[0])
+    parser.add_argument("--preset", choices=PRESETS, default="arithmetic", help="defaults of the flags below; paper is its Table 3")
     add_flags(parser)
-    parser.set_defaults(**PRESETS[first.parse_known_args(argv)[0].preset])
+    parser.set_defaults(**PRESETS[parser.parse_args(argv).preset])
     args = parser.parse_args(argv)
-    rl, compared = args.objective == "tree_opo", args.reward == "task" and not args.critic  # samples, or their steps, are credited
-    steps_credited = args.critic or args.reward == "teacher"
-    method = args.objective if not rl else (args.baseline or "expectation") if compared else f"{args.reward}-critic" if args.critic else args.reward
-    for good, sentence in (
-            (args.lr > 0 and args.critic_lr > 0, f"--lr is {args.lr}, --critic_lr {args.critic_lr}; expected numbers above 0."),
-            (0 <= args.alpha <= 1, f"--alpha is {args.alpha}; expected a number in [0, 1]."),
-            (0 < args.temperature < float("inf"), f"--temperature is {args.temperature}; expected a number above 0."),
-            (0 < args.ema <= 1 and 0 <= args.gamma <= 1 and 0 <= args.gae_lambda <= 1, f"--ema {args.ema}, --gamma {args.gamma}, --gae_lambda {args.gae_lambda}: expected numbers in [0, 1], --ema above 0."),
-            (args.lora_rank >= 0 and args.lora_alpha > 0 and 0 <= args.lora_dropout < 1, f"--lora_rank {args.lora_rank}, --lora_alpha {args.lora_alpha}, --lora_dropout {args.lora_dropout}: expected >= 0, > 0 and in [0, 1)."),
-            (min(args.steps, args.epochs, args.mc_rollouts, args.micro_tokens, args.max_prompt, args.max_new_tokens, args.eval_new_tokens) >= 1, "--steps, --epochs, --mc_rollouts, --micro_tokens, --max_prompt, --max_new_tokens and --eval_new_tokens must be at least 1."),
-            (min(args.max_tokens, args.eval_every, args.eval_limit, args.save_every, args.rollouts_every, args.critic_warmup, args.seed) >= 0, "--max_tokens, --eval_every, --eval_limit, --save_every, --rollouts_every, --critic_warmup and --seed must not be negative."),
-            (min(args.kl_coef, args.distill_coef) >= 0 and args.clip > 0 and args.weight_clip > 0, f"--kl_coef {args.kl_coef} and --distill_coef {args.distill_coef} must not be negative, --clip {args.clip} and --weight_clip {args.weight_clip} must be above 0."),
-            (args.group_size >= 1 and args.batch_size >= 1 and args.batch_size % args.group_size == 0, f"--batch_size {args.batch_size} is no multiple of --group_size {args.group_size}; expected whole groups."),
-            (args.group_size > 1 or not rl or not compared, "--group_size is 1: a sample alone has nothing to be compared with, and every advantage would be 0. Expected 2 or more."),
-            (compared or not args.baseline, f"--baseline {args.baseline} compares task rewards in a group; --critic and --reward {args.reward} credit steps instead. Leave one out."),
-            (not args.critic or rl and args.reward != "none", "--critic without rewards has nothing to predict; expected --reward task or teacher."),
-            (rl or not (args.teacher or args.kl_coef) and args.epochs == 1, "--objective sft learns traces alone; --teacher, --kl_coef and --epochs are not for it."),
-            (args.teacher or not (args.distill_coef or args.reward == "teacher" or args.behaviour == "teacher" or args.teacher_adapter), "--distill_coef, --reward teacher, --behaviour teacher and --teacher_adapter need --teacher PATH."),
-            (not args.teacher or args.distill_coef or args.reward == "teacher" or args.behaviour == "teacher", "--teacher is given, but nothing asks for it; expected --distill_coef, --reward teacher or --behaviour teacher."),
-            (args.reward != "none" or args.distill_coef, "--reward none leaves nothing to learn from; expected a --distill_coef above 0."),
-            (args.behaviour == "student" or not (steps_credited or args.epochs > 1), "--behaviour teacher weighs whole completions by task rewards; --critic, --reward teacher and --epochs need the student's own."),
-            (not args.kl_coef or args.lora_rank or args.adapter, "--kl_coef compares with the student without its adapter, and --lora_rank 0 leaves none.")):
-        if not good:
+    rl, compared = args.objective == "tree_opo", args.reward == "task" and not args.critic  # else steps are credited, one by one
+    wants_teacher = args.distill_coef or "teacher" in (args.reward, args.behaviour)
+    for wrong, sentence in (
+            (args.batch_size % args.group_size, f"--batch_size {args.batch_size} is no multiple of --group_size {args.group_size}; expected whole groups."),
+            (rl and compared and args.group_size == 1, "--group_size is 1: a sample alone is compared with nothing, its advantage always 0. Expected 2 or more."),
+            (args.baseline and not compared, f"--baseline {args.baseline} compares task rewards in a group; --critic and --reward {args.reward} do not. Leave one out."),
+            (args.critic and not (rl and args.reward != "none"), "--critic without rewards has nothing to predict; expected --reward task or teacher."),
+            (not rl and (args.teacher or args.kl_coef or args.epochs > 1), "--objective sft learns traces alone; --teacher, --kl_coef and --epochs are not for it."),
+            ((wants_teacher or args.teacher_adapter) and not args.teacher,
+             "--distill_coef, --reward teacher, --behaviour teacher and --teacher_adapter need --teacher PATH."),
+            (args.teacher and not wants_teacher, "--teacher is given, but nothing asks for it; expected --distill_coef, --reward teacher or --behaviour teacher."),
+            (args.reward == "none" and not args.distill_coef, "--reward none leaves nothing to learn from; expected a --distill_coef above 0."),
+            (args.behaviour == "teacher" and (not compared or args.epochs > 1),
+             "--behaviour teacher weighs whole completions by task rewards; --critic, other --reward and --epochs need the student's own."),
+            (args.kl_coef and not (args.lora_rank or args.adapter), "--kl_coef compares with the student without its adapter, and --lora_rank 0 leaves none.")):
+        if wrong:
             raise InputError(sentence)
     args.baseline = args.baseline or "expectation"
+    method = args.objective if not rl else args.baseline if compared else args.reward + "-critic" * bool(args.critic)
     args.out = args.out or f"out/{args.preset}-{args.group}-{method}-{args.seed}"
     return args
 
@@ -171,6 +163,7 @@ class Sample:
     completion_ids: list
     sampler_logps: list = None
     tree: int = 0              # its place among the trees
+    seed: tuple = ()           # of its random numbers
     reward: float = 0.0
     truncated: bool = False
     value: float = 0.0
@@ -200,11 +193,11 @@ def rollout(policy, tokenizer, trees, history, step, args, rank=0, world=1):
         tree, rng = trees[place], np.random.default_rng((args.seed, step, g))
         nodes = sample_group(tree, args.group_size, args.group, rng, root=not args.no_root)
         fresh = np.repeat(np.unique(nodes), args.mc_rollouts) if args.baseline == "mc" else nodes[:0]  # App. A.9
-        samples += [Sample(g, int(node), tree.prefix_ids(node), [], tree=int(place)) for node in nodes]
         drawn.append((place, nodes, fresh))
         prompts += [tree.prefix_ids(node) for node in (*nodes, *fresh)]
         # the last number from 1 on: numpy takes (seed, step, group, 0) for (seed, step, group), which drew the prefixes
         seeds += [(args.seed, step, g, k + 1) for k in range(len(nodes) + len(fresh))]
+        samples += [Sample(g, int(node), tree.prefix_ids(node), [], tree=int(place), seed=(args.seed, step, g, k + 1)) for k, node in enumerate(nodes)]
     completions, logps = evaluate.generate(policy, tokenizer, prompts, args.max_new_tokens, args.temperature, seeds, return_logps=True)
     eos, figures, waiting = evaluate.eos_ids(policy, tokenizer), [], iter(zip(completions, logps))
 
@@ -234,14 +227,7 @@ def compare(members, tree, nodes, known, args):
     values = advantage.value("expectation", nodes, tree.parent, rewards)
     for k, sample in enumerate(members):
         sample.advantage, sample.value = float(a[k]), float(values[k])
-    constraints = advantage.order_constraints(nodes, tree.parent, rewards)
-    everything = advantage.order_constraints(nodes, tree.parent, rewards, drop_contradictions=False)
-    figures = dict(reward=rewards.mean(), dead=float(rewards.min() == rewards.max()), fallback=float(info.get("fallback", "none") != "none"),
-                   sat=advantage.satisfaction(a, constraints), sat_pair=advantage.satisfaction(a, constraints.pair),
-                   sat_triplet=advantage.satisfaction(a, constraints.triplet), sat_all=advantage.satisfaction(a, everything), dropped=constraints.dropped)
-    if not figures["dead"]:
-        figures.update(adv_var=a.var(), adv_var_scaled=a.var() / np.abs(a).mean() ** 2)
-    return figures
+    return advantage.figures(a, nodes, tree.parent, rewards) | dict(fallback=float(info["fallback"] != "none"))
 
 
 @torch.no_grad()
@@ -579,6 +565,13 @@ def progress_line(row, done, seconds, args):
     return " | ".join(parts) + ("  every group is dead: equal rewards, nothing to learn from" if row.get("dead") == 1 else "")
 
 
+def check_sampler(student, tokenizer, sample, step, args):
+    """After the first update: does a completion come out as before, to the last bit? Then the sampler has not seen the update."""
+    again = evaluate.generate(student, tokenizer, [sample.prefix_ids], args.max_new_tokens, args.temperature, [sample.seed], return_logps=True)
+    if again == ([sample.completion_ids], [sample.sampler_logps]):
+        print(f"step {step + 1} changed no log-prob of a completion drawn again: the update does not reach the sampler, or --lr {args.lr} is too small to be seen")
+
+
 def warn(row, samples, trees, tokenizer, args):
     """Say what is probably wrong with a run: a sampler that is not the trainer, or rewards that never come."""
     if row.get("gap", 0) > 1e-2:
@@ -639,12 +632,10 @@ def score(model, tokenizer, problems, step, args, rank, world):
     path = os.path.join(args.out, f"eval-{step}.jsonl")
     if gather(os.path.exists(path), world)[0]:
         return
-    rows = gather(evaluate.score(model, tokenizer, problems[rank::world], args.eval_new_tokens), world)
-    rows = [row for part in rows for row in part]
+    parts = gather(evaluate.score(model, tokenizer, problems[rank::world], args.eval_new_tokens), world)
     if rank == 0:
-        with open(path + ".tmp", "w", encoding="utf-8") as out:
-            out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        os.replace(path + ".tmp", path)
+        rows = [row for part in parts for row in part]
+        write_jsonl(rows, path)
         accuracy, (low, high) = evaluate.summarise(rows)["greedy"]
         print(f"step {step}: greedy accuracy {100 * accuracy:.1f} % on {len(rows)} held-out problems, "
               f"95 % [{100 * low:.1f}, {100 * high:.1f}]", flush=True)
@@ -711,7 +702,7 @@ def train(args):
               f"{world} x {device.type}, {len(data)} problems, {args.group} groups -> {args.out}")
     stopped = stop_on_signals()
     begun, share = time.time(), lambda: tokens / args.max_tokens if args.max_tokens else step / args.steps
-    first = share()
+    first, seen = share(), False
     while True:
         # 2. evaluate: before, after, and now and then
         if problems and (share() >= 1 or step % args.eval_every == 0):
@@ -726,6 +717,9 @@ def train(args):
         lr_share = schedule(share() * args.steps + 1)
         stats, grad_norm = update(models, optimizer, samples, scale, lr_share, args, rank, world, warm_up=models.critic and step < args.critic_warmup)
         clock.append(time.time())
+        if not seen and grad_norm > 0 and figures and args.behaviour == "student":
+            seen = True
+            check_sampler(models.student, tokenizer, samples[0], step, args)
         # 5. report
         parts = gather((samples, figures, generated, stats), world)
         row = report(step, parts, clock, tokens, args) | dict(lr=args.lr * lr_share, grad_norm=grad_norm)

@@ -73,15 +73,16 @@ def arguments(description):
     return parser
 
 
-def at_least(low, kind=int):
-    """A type of argparse's: a finite number of this kind, `low` or more."""
+def at_least(low, kind=int, high=float("inf")):
+    """A type of argparse's: a finite number of this kind, from `low` to `high`."""
     def parse(text):
         try:
-            if low <= kind(text) < float("inf"):
+            if low <= kind(text) <= high and kind(text) < float("inf"):
                 return kind(text)
         except ValueError:
             pass
-        raise argparse.ArgumentTypeError(f"found {shorten(text)}, expected {'a whole number' if kind is int else 'a number'} of at least {low}")
+        limits = f"of at least {low}" if high == float("inf") else f"from {low} to {high}"
+        raise argparse.ArgumentTypeError(f"found {shorten(text)}, expected {'a whole number' if kind is int else 'a number'} {limits}")
     return parse
 
 
