@@ -372,6 +372,7 @@ def _target(target, node, parent, rewards, alpha, teacher):
 
 
 ESTIMATORS = {  # a new baseline is a line here, or a function above and a line here
+    "none": lambda node, parent, r, alpha: r,  # REINFORCE; the door does not centre it
     "flat": lambda node, parent, r, alpha: r,
     "grpo": lambda node, parent, r, alpha: (r - r.mean()) / r.std(),  # without epsilon: equal rewards never get here
     "expectation": lambda node, parent, r, alpha: r - alpha * value("expectation", node, parent, r),
@@ -419,7 +420,8 @@ def gae(rewards, values, gamma=0.95, lam=0.95):
 # 6. ---- the door ----------------------------------------------------------------------------------------------------------------------------
 def advantages(method, node, parent, rewards, alpha=0.5, info=None, **options):
     """
-    Advantages (N,) of one group: a'_k = r_k - alpha V(p_k), mean-centred (Sec. 3.3), or what else the method defines. Equal rewards: exact zeros.
+    Advantages (N,) of one group: a'_k = r_k - alpha V(p_k), mean-centred (Sec. 3.3), or what else the method defines. Equal rewards:
+    exact zeros (but for "none", which is r as it is).
 
     alpha: flat, grpo, rloo, treepo and treerl are defined without it; the programs take it where target is not "reward".
     options: keyword arguments of the estimators (teacher, history, mc, shrink, target, margin, lam, solver). A method takes those that it knows, so a
@@ -436,6 +438,8 @@ def advantages(method, node, parent, rewards, alpha=0.5, info=None, **options):
         _require(option in known, "option", option, f"one of {sorted(known)}")
     info = {} if info is None else info
     info.update(dead=bool(np.ptp(rewards) == 0), fallback="none")
+    if method == "none":  # the plain objective of Sec. 3.1, for completions that are nearly all right: a teacher's
+        return rewards
     if info["dead"]:
         return np.zeros(len(rewards))
     for fallback, name in (("none", method), ("soft", "qp_soft"), ("centred", "flat")):

@@ -153,6 +153,11 @@ def test_which_estimators_keep_which_constraints():
     assert all(0 < mean[m, "triplet"] < 1 for m in ("loo", "treepo", "treerl", "ema", "shrink", "mc", "teacher"))
 
 
+def test_none_is_reinforce_without_a_baseline():
+    """Sec. 3.1's objective: neither centred nor zero where all samples succeed, as a teacher's do."""
+    assert advantages("none", [0, 0], [-1], [1, 1]).tolist() == [1, 1] and advantages("none", [0, 0], [-1], [1, 0]).tolist() == [1, 0]
+
+
 def test_satisfaction_is_strict_and_nan_without_rows():
     c = Constraints(pair=np.array([[0, 2], [1, 2]]), triplet=np.array([[0, 1]]), dropped=0)
     assert satisfaction([0, 0, 1], c) == 2 / 3 and satisfaction([0, 0, 1], c.pair) == 1 and satisfaction([0, 0, 1], c.triplet) == 0

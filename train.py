@@ -140,8 +140,8 @@ def parse_args(argv=None):
              "--distill_coef, --reward teacher, --behaviour teacher and --teacher_adapter need --teacher PATH."),
             (args.teacher and not wants_teacher, "--teacher is given, but nothing asks for it; expected --distill_coef, --reward teacher or --behaviour teacher."),
             (args.reward == "none" and not args.distill_coef, "--reward none leaves nothing to learn from; expected a --distill_coef above 0."),
-            (args.behaviour == "teacher" and (not compared or args.epochs > 1),
-             "--behaviour teacher weighs whole completions by task rewards; --critic, other --reward and --epochs need the student's own."),
+            (args.behaviour == "teacher" and (not compared or args.epochs > 1 or args.baseline in ("ema", "mc")),
+             "--behaviour teacher weighs whole completions by task rewards; --critic, other --reward, --epochs, ema and mc need the student's own."),
             (args.kl_coef and not (args.lora_rank or args.adapter), "--kl_coef compares with the student without its adapter, and --lora_rank 0 leaves none.")):
         if wrong:
             raise InputError(sentence)
@@ -562,7 +562,7 @@ def progress_line(row, done, seconds, args):
     parts += [f"gap {row['gap']:.0e}"] if row.get("gap", math.nan) == row.get("gap", math.nan) else []
     parts += [f"{name} {row[name]:.3f}" for name in ("kl", "critic_loss", "ess") if name in row]
     parts += [f"length {row['length']:.0f}", f"grad {row['grad_norm']:.2f}", f"{row['tokens_per_s']:.0f} tok/s", f"ETA {seconds // 60:.0f}:{seconds % 60:02.0f}"]
-    return " | ".join(parts) + ("  every group is dead: equal rewards, nothing to learn from" if row.get("dead") == 1 else "")
+    return " | ".join(parts) + ("  every group is dead: equal rewards, nothing to learn from" if row.get("dead") == 1 and not row["grad_norm"] else "")
 
 
 def check_sampler(student, tokenizer, sample, step, args):

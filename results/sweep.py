@@ -36,7 +36,7 @@ ROWS = {  # the flags of train.py
     "mcts_reinforce": REINFORCE_KL + " --teacher_adapter {out}/{set}-teacher",
     "gkd": f"--group question --reward none --distill_coef 1 {TEACHER} --lr 5e-4",
     "tree_opo_kl": f"--baseline expectation {TEACHER} --distill_coef 0.1 --kl student_teacher",
-    "off_policy": f"--baseline expectation --behaviour teacher {TEACHER}",  # Sec. 3.1
+    "off_policy": f"--baseline none --behaviour teacher {TEACHER}",  # Sec. 3.1
     "grpo_clipped": "--group question --baseline grpo --epochs 2 --kl_coef 0.04",  # as its users know it
     "rloo": "--group question --baseline rloo",  # beyond the paper
 } | {name: f"--baseline {name}" for name in "loo teacher treepo treerl treerpo ema shrink".split()}
