@@ -502,10 +502,10 @@ def dump(samples, path):
 # ---------------------------------------------------------------------------------------------------
 # What a step has to say
 
-def mean(values):
-    """Mean of what is a number; nan where nothing is."""
+def mean(values, of=np.mean):
+    """Mean, or another figure, of what is a number; nan where nothing is."""
     values = [v for v in values if v is not None and v == v]
-    return float(np.mean(values)) if values else float("nan")
+    return float(of(values)) if values else math.nan
 
 
 def peak_memory():
@@ -521,7 +521,7 @@ def peak_memory():
 def report(step, parts, clock, tokens, args):
     """The figures of one step over all ranks, as README defines them: one object of log.jsonl.
 
-    parts    every rank's (samples, figures of groups, generated tokens, stats of the update)
+    parts    every rank's (samples, figures of groups, generated tokens, stats of the update, ...)
     """
     samples, figures = ([x for part in parts for x in part[k]] for k in (0, 1))
     stats = {name: [x for part in parts for x in part[3][name]] for name in parts[0][3]}
@@ -530,8 +530,8 @@ def report(step, parts, clock, tokens, args):
     if figures:
         row |= {name: mean([f.get(name) for f in figures]) for name in
                 ("reward", "dead", "sat", "sat_pair", "sat_triplet", "sat_all", "dropped", "adv_var", "adv_var_scaled", "fallback")}
-        row |= dict(sat_sd=float(np.std([f["sat"] for f in figures if f.get("sat", math.nan) == f.get("sat", math.nan)] or [math.nan])), truncated=mean([s.truncated for s in samples]),
-                    entropy=-mean([x for s in samples for x in s.sampler_logps]), gap=mean(stats["gap"]), gap_max=max(stats["gap"], default=math.nan))
+        row |= dict(sat_sd=mean([f.get("sat") for f in figures], np.std), truncated=mean([s.truncated for s in samples]),
+                    entropy=-mean([x for s in samples for x in s.sampler_logps]), gap=mean(stats["gap"]), gap_max=mean(stats["gap"], max))
     if stats["kl"]:
         row["kl"] = mean(stats["kl"])
     if stats["critic_loss"]:
@@ -559,8 +559,7 @@ def progress_line(row, done, seconds, args):
     parts = [f"step {row['step'] + 1}" + ("" if args.max_tokens else f"/{args.steps}") + f" {int(100 * min(done, 1)):3d} %", f"loss {row['loss']:+.3f}"]
     if "reward" in row:
         parts += [f"{name} {row[name]:.2f}" for name in ("reward", "dead", "entropy", "truncated")]
-    parts += [f"gap {row['gap']:.0e}"] if row.get("gap", math.nan) == row.get("gap", math.nan) else []
-    parts += [f"{name} {row[name]:.3f}" for name in ("kl", "critic_loss", "ess") if name in row]
+    parts += [f"{name} {row[name]:.2g}" for name in ("gap", "kl", "critic_loss", "ess") if name in row and row[name] == row[name]]
     parts += [f"length {row['length']:.0f}", f"grad {row['grad_norm']:.2f}", f"{row['tokens_per_s']:.0f} tok/s", f"ETA {seconds // 60:.0f}:{seconds % 60:02.0f}"]
     return " | ".join(parts) + ("  every group is dead: equal rewards, nothing to learn from" if row.get("dead") == 1 and not row["grad_norm"] else "")
 
@@ -702,12 +701,12 @@ def train(args):
               f"{world} x {device.type}, {len(data)} problems, {args.group} groups -> {args.out}")
     stopped = stop_on_signals()
     begun, share = time.time(), lambda: tokens / args.max_tokens if args.max_tokens else step / args.steps
-    first, seen = share(), False
+    first, seen, stopping = share(), False, False
     while True:
         # 2. evaluate: before, after, and now and then
         if problems and (share() >= 1 or step % args.eval_every == 0):
             score(models.student, tokenizer, problems, step, args, rank, world)
-        if share() >= 1 or any(gather(bool(stopped), world)):
+        if share() >= 1 or stopping:
             break
         # 3. roll out
         clock = [time.time()]
@@ -717,11 +716,12 @@ def train(args):
         lr_share = schedule(share() * args.steps + 1)
         stats, grad_norm = update(models, optimizer, samples, scale, lr_share, args, rank, world, warm_up=models.critic and step < args.critic_warmup)
         clock.append(time.time())
-        if not seen and grad_norm > 0 and figures and args.behaviour == "student":
+        if not seen and grad_norm > 0 and samples and figures and args.behaviour == "student":
             seen = True
             check_sampler(models.student, tokenizer, samples[0], step, args)
         # 5. report
-        parts = gather((samples, figures, generated, stats), world)
+        parts = gather((samples, figures, generated, stats, bool(stopped)), world)
+        stopping = any(part[4] for part in parts)
         row = report(step, parts, clock, tokens, args) | dict(lr=args.lr * lr_share, grad_norm=grad_norm)
         everyones = sorted((s for part in parts for s in part[0]), key=lambda s: s.group)
         for s in everyones if history else ():
@@ -733,7 +733,7 @@ def train(args):
             print(progress_line(row, share(), (time.time() - begun) * max(0, 1 - share()) / (share() - first), args), flush=True)
             warn(row, everyones, data, tokenizer, args)
             # 6. save
-            if share() >= 1 or stopped or args.save_every and step % args.save_every == 0:
+            if share() >= 1 or stopping or args.save_every and step % args.save_every == 0:
                 save(models.student, tokenizer, optimizer, names, step, tokens, history, args)
     if rank == 0 and share() >= 1:
         finish(args, step, (time.time() - begun) / 60, bool(problems))
