@@ -1,6 +1,7 @@
 """
 What sharing prefixes saves. Each line compares two ways of doing the same work, in turn, in one run: the ratio of their
-seconds pair by pair, as median [min, max]. Completions have fixed lengths, so that both sides do equal work.
+seconds pair by pair, as median [min, max]. Completions have one length, so that both sides do equal work, unless --natural lets
+them end where the model ends them, as they do in a run.
 
     python results/benchmark.py                                           # the embedded model
     python results/benchmark.py --model SmolLM2-135M-Instruct --trees trees.jsonl --batch_size 16 --new_tokens 64
@@ -59,8 +60,8 @@ def floors(device, dtype):
     a, b = (torch.randn(2048, 2048, device=device, dtype=dtype) for _ in range(2))
     big = torch.empty(2 ** 26, device=device)
     target = torch.empty_like(big)
-    flops = 2 * 2048 ** 3 / min(clock(lambda: a @ b) for _ in range(8))
-    return flops, 2 * big.nbytes / min(clock(lambda: target.copy_(big)) for _ in range(8))
+    flops = 2 * 2048 ** 3 / min(clock(lambda: a @ b) for _ in range(40))  # many: others may use the machine
+    return flops, 2 * big.nbytes / min(clock(lambda: target.copy_(big)) for _ in range(40))
 
 
 def build(args, rank=16):
@@ -96,15 +97,15 @@ def updater(model, samples, knobs, no_pack):
     return update
 
 
-def theirs_generate(model, tokenizer, prompts, new_tokens):
-    """transformers' generate on left-padded prompts, no end before new_tokens."""
+def theirs_generate(model, tokenizer, prompts, new_tokens, natural=False):
+    """transformers' generate on left-padded prompts, no end before new_tokens unless `natural`."""
     longest, pad = max(map(len, prompts)), tokenizer.pad_token_id or 0
     ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=model.device)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)
     model.eval()
     with torch.no_grad():
         model.generate(input_ids=ids, attention_mask=mask, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0,
-                       max_new_tokens=new_tokens, min_new_tokens=new_tokens, pad_token_id=pad)
+                       max_new_tokens=new_tokens, min_new_tokens=0 if natural else new_tokens, pad_token_id=pad)
 
 
 def our_step(model, tokenizer, optimizer, trees, knobs, step):
@@ -152,7 +153,7 @@ def trl_steps(args, knobs, tokenizer, trees, after_step=lambda step: None, steps
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     config = GRPOConfig(output_dir=os.path.join(args.tmp, "trl"), per_device_train_batch_size=args.batch_size, num_generations=args.group_size,
                         max_completion_length=args.new_tokens, max_steps=steps, beta=0.0, temperature=1.0, learning_rate=1e-6,
-                        generation_kwargs={"min_new_tokens": args.new_tokens}, report_to=[], save_strategy="no", logging_strategy="no",
+                        generation_kwargs={} if args.natural else {"min_new_tokens": args.new_tokens}, report_to=[], save_strategy="no", logging_strategy="no",
                         bf16=dtype == torch.bfloat16, use_cpu=not torch.cuda.is_available(), disable_tqdm=True, gradient_checkpointing=False)
     theirs = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, attn_implementation="sdpa")
     InOrder(model=theirs, reward_funcs=lambda completions, **_: rng.normal(size=len(completions)).tolist(), args=config, processing_class=tokenizer,
@@ -164,7 +165,7 @@ def trl_steps(args, knobs, tokenizer, trees, after_step=lambda step: None, steps
 def peak(kind, args):
     """Peak memory of a process of its own that does one kind of work, MiB."""
     command = [sys.executable, os.path.abspath(__file__), "--only", kind] + [x for name in ("model", "trees", "batch_size", "group_size", "new_tokens", "max_prompt",
-                                                                                            "micro_tokens", "threads") for x in (f"--{name}", str(getattr(args, name)))]
+                                                                                            "micro_tokens", "threads") for x in (f"--{name}", str(getattr(args, name)))] + ["--natural"] * args.natural
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
 
 
@@ -174,7 +175,7 @@ def only(args):
     samples, optimizer = batch_of(trees, knobs, tokenizer), torch.optim.AdamW([dict(params=[p for p in model.parameters() if p.requires_grad], peak_lr=1e-6)])
     prompts = [s.prefix_ids for s in samples]
     work = {"nothing": lambda: None, "padded": updater(model, samples, knobs, True), "packed": updater(model, samples, knobs, False),
-            "generate": lambda: theirs_generate(model, tokenizer, prompts, args.new_tokens),
+            "generate": lambda: theirs_generate(model, tokenizer, prompts, args.new_tokens, args.natural),
             "ours": lambda: evaluate.generate(model, tokenizer, prompts, args.new_tokens),
             "trl_step": lambda: trl_steps(args, knobs, tokenizer, trees),
             "our_step": lambda: our_step(model, tokenizer, optimizer, trees, knobs, 0)}[args.only]
@@ -194,6 +195,7 @@ def main():
     parser.add_argument("--new_tokens", type=int, default=72, help="length of every completion")
     parser.add_argument("--max_prompt", type=int, default=512)
     parser.add_argument("--micro_tokens", type=int, default=8192 if torch.cuda.is_available() else 1024)
+    parser.add_argument("--natural", action="store_true", help="let completions end where the model ends them, instead of all at --new_tokens")
     parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--sizes", type=int, nargs="*", default=[4, 8, 16, 32, 64], help="group sizes of part 4")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of PyTorch on the CPU")
@@ -202,7 +204,8 @@ def main():
     parser.add_argument("--out", help="append the figures to this JSONL file")
     parser.add_argument("--only", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    evaluate.eos_ids = lambda model, tokenizer: []  # nothing ends a completion early
+    if not args.natural:
+        evaluate.eos_ids = lambda model, tokenizer: []  # nothing ends a completion early
     if args.only:
         return only(args)
     knobs, model, tokenizer, trees = build(args)
@@ -218,7 +221,7 @@ def main():
     rows = [compare("update: padded -> packed", updater(model, samples, knobs, True), updater(model, samples, knobs, False), args.pairs, padded)]
     floors_of = [6 * weights * packed / flops]
     print(f"{'':<42} floor of the packed update, 6 x weights x distinct tokens / peak: {floors_of[0]:.3f} s, {floors_of[0] / rows[-1]['seconds'][1]:.0%} of the time")
-    rows.append(compare("generate: transformers -> ours", lambda: theirs_generate(model, tokenizer, prompts, args.new_tokens),
+    rows.append(compare("generate: transformers -> ours", lambda: theirs_generate(model, tokenizer, prompts, args.new_tokens, args.natural),
                         lambda: evaluate.generate(model, tokenizer, prompts, args.new_tokens), args.pairs, len(prompts) * args.new_tokens))
     floors_of.append(sum(p.nbytes for p in model.parameters()) * args.new_tokens / (bandwidth / 2))
     print(f"{'':<42} floor of decoding, bytes of weights x steps / copy's read bandwidth: {floors_of[1]:.3f} s, {floors_of[1] / rows[-1]['seconds'][1]:.0%} of the time")
@@ -229,7 +232,7 @@ def main():
         for name, seconds in (("step", times.sum(2)), ("its rollout and rewards", times[..., 0]), ("its update", times[..., 1])):
             rows.append(show(f"{name}: TRL -> ours", seconds, len(prompts) * args.new_tokens))
         floor = sum(floors_of)
-        print(f"{'':<42} floor of a step, both together: {floor:.3f} s, {floor / rows[-3]['seconds'][1]:.0%} of the time")
+        args.natural or print(f"{'':<42} floor of a step, both together: {floor:.3f} s, {floor / rows[-3]['seconds'][1]:.0%} of the time")
     for size in args.sizes:
         group = batch_of(trees, knobs, tokenizer, size)
         distinct = len(pack([s.prefix_ids for s in group])[0])
