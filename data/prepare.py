@@ -1,7 +1,7 @@
 """
 Make or fetch a data set as JSONL problems, {"id", "question", "answer", ...}, into data/NAME/.
 
-    python data/prepare.py gsm8k                          # train.jsonl, test.jsonl; likewise gsm_symbolic (test), math
+    python data/prepare.py gsm8k                          # train.jsonl, test.jsonl, *_traces.jsonl; likewise gsm_symbolic (test), math
     python data/prepare.py gsm8k --source my/gsm8k        # from a folder with files named as the published ones, or from one file
     python data/prepare.py arithmetic                     # remakes the embedded default: problems, models, trees
 
@@ -13,6 +13,7 @@ searches of the training problems become the prefix trees. All of it derives fro
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -60,8 +61,18 @@ def fetch(name, source, out):
                 raise InputError(f"{address} cannot be fetched ({error}). Fetch it elsewhere and give the file or its folder with --source.") from None
         problems = read_problems(raw)
         write_jsonl(problems, path)
+        if name == "gsm8k":
+            write_jsonl(worked_solutions(problems, raw), os.path.join(out, f"{split}_traces.jsonl"))
         os.remove(raw)
         print(f"{path}: {len(problems)} problems")
+
+
+def worked_solutions(problems, raw):
+    """GSM8K's own solutions as traces, a line a step, without its calculator's notes: prefixes from people, for want of a search."""
+    with open(raw, encoding="utf-8") as lines:
+        for problem, line in zip(problems, filter(str.strip, lines)):
+            steps = [re.sub("<<.*?>>", "", step).strip() for step in json.loads(line)["answer"].split("####")[0].splitlines() if step.strip()]
+            yield {**problem, "steps": [*steps, f"The answer is \\boxed{{{problem['answer']}}}."], "reward": 1}
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -167,7 +178,8 @@ def make_arithmetic(out, seed):
     write_jsonl(make_traces("clean", 24000, False, seed, seen), os.path.join(tmp, "clean.jsonl"))
     write_jsonl(make_traces("noisy", 12000, True, seed, seen), os.path.join(tmp, "noisy.jsonl"))
     make_model(os.path.join(tmp, "init"), seed)
-    sft = ["train.py", "--objective", "sft", "--lora_rank", 0, "--batch_size", 16, "--group_size", 1, "--eval_every", 0, "--save_every", 0, "--seed", seed]
+    sft = ["train.py", "--objective", "sft", "--lora_rank", 0, "--batch_size", 16, "--group_size", 1, "--eval_every", 0, "--save_every", 0,
+           "--micro_tokens", 8192, "--seed", seed]
     search = ["mcts.py", "--model", f"{tmp}/teacher", "--max_new_tokens", 128, "--seed", seed]
     commands = [
         [*sft, "--model", f"{tmp}/init", "--trees", f"{tmp}/clean.jsonl", "--steps", 1400, "--lr", 3e-3, "--out", f"{tmp}/teacher"],
