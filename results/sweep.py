@@ -10,17 +10,20 @@ and is not run again; to run all anew, name another --log and --out. What a run 
 import argparse
 import itertools
 import json
+import multiprocessing
 import os
+import runpy
 import signal
-import subprocess
 import sys
 import threading
 import time
+import traceback
 from concurrent.futures import ThreadPoolExecutor, as_completed
 
 import numpy as np
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import train  # noqa: E402, F401: before the fork
 from tree import drop_torn_line, run_command  # noqa: E402
 
 TEACHER = "--teacher data/arithmetic/teacher"
@@ -46,17 +49,36 @@ CURVES = "reward sat adv_var adv_var_scaled entropy".split()  # of log.jsonl
 children, preparing = set(), threading.Lock()
 
 
+def script(command, out):
+    """In a process of its own: run one of the scripts, what it prints into the file `out`, and end with its exit status."""
+    for stream in (1, 2):
+        os.dup2(os.open(out, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+    sys.argv, status = command, 1
+    try:
+        runpy.run_path(command[0], run_name="__main__")
+        status = 0
+    except SystemExit as end:
+        status = end.code or 0
+    except Exception:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(status)  # at once: what the fork brought along has nothing to tidy up
+
+
 def call(command, folder, deadline):
-    """Run a command, training from the folder's checkpoint if there is one. Raises RuntimeError if it fails, TimeoutExpired at the deadline."""
+    """Run a command, training from the folder's checkpoint if there is one. Raises RuntimeError if it fails, TimeoutError at the deadline."""
     resume = ["--resume"] if command[0] == "train.py" and os.path.exists(f"{folder}/checkpoint.safetensors") else []
-    with open(f"{folder}.txt", "a") as out, subprocess.Popen([sys.executable, *command, *resume], stdout=out, stderr=out) as child:
-        children.add(child)
-        try:
-            code = child.wait(max(0, deadline - time.time()))
-        finally:
-            child.kill()  # nothing, where it has ended
-        if code:
-            raise RuntimeError(f"exit status {code}, {folder}.txt ends in\n    " + "    ".join(list(open(out.name, errors="replace"))[-8:]))
+    # forked, not started anew: PyTorch takes seconds to import, a third of a run
+    child = multiprocessing.get_context("fork").Process(target=script, args=([*command, *resume], f"{folder}.txt"))
+    child.start()
+    children.add(child)
+    child.join(max(0, deadline - time.time()))
+    if child.is_alive():
+        child.kill()
+        raise TimeoutError
+    if child.exitcode:
+        raise RuntimeError(f"exit status {child.exitcode}, {folder}.txt ends in\n    " + "    ".join(list(open(f"{folder}.txt", errors="replace"))[-8:]))
 
 
 def prepare_teacher(name, out, deadline):
@@ -117,7 +139,7 @@ def sweep(args, pool):
     for future in as_completed(titles):
         try:
             s = future.result()
-        except subprocess.TimeoutExpired:
+        except TimeoutError:
             counts["stopped"] += 1
         except Exception as error:  # whatever it is, it is shown and stops no other run
             counts["failed"] += 1
@@ -138,14 +160,15 @@ def main():
         parser.add_argument(name, nargs="+", choices=choices, default=list(choices), metavar="NAME", help="some of " + ", ".join(choices))
     parser.add_argument("--seeds", type=int, default=5, help="runs of a row on a set")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side, one thread each")
-    parser.add_argument("--tokens", type=int, help="generated tokens a run; default 40,000 on easy, 100,000 on hard")
+    parser.add_argument("--tokens", type=int, help="generated tokens a run; default 30,000 on easy, 60,000 on hard")
     parser.add_argument("--lr", type=float, default=2e-4, help="learning rate of the rows that name none; at the preset's 3e-4 all of them soon meet the teacher's accuracy")
-    parser.add_argument("--minutes", type=float, default=1e6, help="stop after so many")
+    parser.add_argument("--minutes", type=float, default=1e4, help="stop after so many")
     parser.add_argument("--out", default="out/sweep", help="folder of the run folders")
     parser.add_argument("--log", default="results/sweep.jsonl", help="one finished run a line; what is there is not run again")
     args = parser.parse_args()
     os.makedirs(args.out, exist_ok=True)
     os.environ["OMP_NUM_THREADS"] = "1"
+    train.torch.set_num_threads(1)
     drop_torn_line(args.log)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops as Ctrl-C does, and its children with it
     pool = ThreadPoolExecutor(args.jobs)
