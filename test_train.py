@@ -482,6 +482,121 @@ def test_sft_learns_the_searches_right_solutions(world):
         parse_traces({**row, "nodes": [dict(parent=-1, step="", visits=3, value=2.0)]}, 1)
 
 
+# ---------------------------------------------------------------------------------------------------
+# Killed, stopped, out of space, out of numbers, out of memory
+
+class Killed(BaseException):
+    """Stands for kill -9 where a test wants it at one exact place: nothing catches it, and what is on disk is all that is left."""
+
+
+def here(world, out, *flags):
+    """A run in this process, three steps of two groups."""
+    short = ["--model", world / "policy", "--trees", world / "trees.jsonl", "--eval_data", world / "test.jsonl", "--out", world / out, "--max_new_tokens", 12,
+             "--eval_new_tokens", 12, "--group_size", 4, "--batch_size", 8, "--lr", 3e-3, "--steps", 3, "--save_every", 1, "--eval_every", 3, "--rollouts_every", 1]
+    train.train(train.parse_args([str(flag) for flag in (*short, *flags)]))
+
+
+def timeless(folder):
+    return [{key: value for key, value in row.items() if not key.startswith(("seconds", "tokens_per", "peak"))} for row in log(folder)]
+
+
+def same_run(a, b):
+    """Equal adapters, logs but for times, rollouts, scores; and nothing left aside."""
+    assert all(torch.equal(value, adapter(b)[name]) for name, value in adapter(a).items())
+    assert timeless(a) == timeless(b) and not [name for name in os.listdir(b) if "tmp" in name]
+    for name in [name for name in os.listdir(a) if name.startswith(("rollouts", "eval"))]:
+        assert (a / name).read_text() == (b / name).read_text(), name
+
+
+SLOW = bool(os.environ.get("TREE_OPO_SLOW"))
+
+
+def test_killed_between_any_two_renames(world, monkeypatch, capsys):
+    """A kill between the checkpoint's two renames, or between the checkpoint and the adapter (of the last step, so that the resumed run
+    thought that it had finished and left an old adapter), or before the last scores: the same files as uninterrupted. All places with TREE_OPO_SLOW=1."""
+    here(world, "whole3")
+    replace, count = os.replace, 0
+
+    def counted(*paths):
+        nonlocal count
+        count += 1
+        if count == fatal:
+            raise Killed
+        replace(*paths)
+    monkeypatch.setattr(os, "replace", counted)
+    fatal = 0
+    here(world, "counted")
+    places = range(1, count + 1) if SLOW else [3, count - 7, count - 4, count - 2, count - 1, count]
+    for place in places:
+        count, fatal = 0, place
+        with pytest.raises(Killed):
+            here(world, f"rename{place}")
+        fatal = 0
+        try:
+            here(world, f"rename{place}", "--resume")
+        except InputError as error:  # nothing had been saved
+            assert "there is no checkpoint" in str(error) and not (world / f"rename{place}" / "checkpoint.safetensors").exists()
+            continue
+        same_run(world / "whole3", world / f"rename{place}")
+
+
+@pytest.mark.parametrize("place", ["save_file", "save_pretrained", "score", "write_logs"])
+def test_killed_inside_what_is_slow(world, monkeypatch, place):
+    """A kill in the middle of a file of weights, of save_pretrained, of an evaluation, or between log and checkpoint: torn files are never read."""
+    if not (world / "whole3").exists():
+        here(world, "whole3")
+    owner = {"save_pretrained": PeftModel, "score": evaluate}.get(place, train)
+    real, count = getattr(owner, place), 0
+
+    def torn(*args, **how):
+        nonlocal count
+        count += 1
+        if count < {"score": 2}.get(place, 3):
+            return real(*args, **how)
+        if place == "save_file":
+            open(args[1], "wb").write(b"torn")
+        if place == "write_logs":
+            real(*args, **how)
+            args[0][0].write('{"step": 99, "to')
+        if place == "save_pretrained":
+            os.makedirs(args[1], exist_ok=True)
+            open(os.path.join(args[1], "adapter_model.safetensors"), "wb").write(b"torn")
+        raise Killed
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, place, torn)
+        with pytest.raises(Killed):
+            here(world, "in_" + place)
+    here(world, "in_" + place, "--resume")
+    same_run(world / "whole3", world / ("in_" + place))
+
+
+def test_a_torn_checkpoint_gives_way_to_the_one_before(world, capsys):
+    """Cut short by a disk that lost its last pages: a traceback of safetensors. Now one line and the previous one; with both torn, one sentence."""
+    if not (world / "whole3").exists():
+        here(world, "whole3")
+    here(world, "torn")
+    path = world / "torn" / "checkpoint.safetensors"
+    for size in (1000, 100, 0):
+        path.write_bytes(path.read_bytes()[:size])
+        here(world, "torn", "--resume")
+        assert "checkpoint.safetensors is torn" in capsys.readouterr().out
+        same_run(world / "whole3", world / "torn")
+    for name in ("checkpoint.safetensors", "checkpoint.previous.safetensors"):
+        (world / "torn" / name).write_bytes(b"torn")
+    with pytest.raises(InputError, match="no checkpoint in .* can be read"):
+        here(world, "torn", "--resume")
+
+
+def test_a_finished_run_is_resumed_without_work(world, capsys):
+    """Status 0 and the same files, to the byte: a finished run in a script that resumes whatever is there."""
+    if not (world / "whole3").exists():
+        here(world, "whole3")
+    before = {name: (world / "whole3" / name).read_bytes() for name in os.listdir(world / "whole3")}
+    here(world, "whole3", "--resume")
+    assert before == {name: (world / "whole3" / name).read_bytes() for name in os.listdir(world / "whole3")}
+    assert "3 steps done" in capsys.readouterr().out
+
+
 MISTAKES = [
     (["--trees", "nowhere.jsonl"], "there is no file nowhere.jsonl"), (["--lr", "-1"], "--lr"), (["--batch_size", "9"], "--batch_size"),
     (["--alpha", "2"], "--alpha"), (["--model", "./nothing"], "no folder"), (["--resume", "--out", "empty"], "no checkpoint"),

@@ -22,7 +22,7 @@ import resource
 import signal
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -430,7 +430,8 @@ def gather(item, world):
 # Checkpoints: one safetensors file of weights, Adam's moments and the step, written aside and renamed
 
 def save(model, tokenizer, optimizer, names, step, tokens, history, args):
-    """Write the checkpoint, keeping the previous one, and the model (or its PEFT adapter) at the top of the run folder."""
+    """Write the model (or its PEFT adapter) at the top of the run folder, and the checkpoint, keeping the previous one. The checkpoint comes
+    last: a run killed in between does the step again, and writes both."""
     state = {f"weight/{name}": p.detach() for name, p in names.items()} | {"history": torch.from_numpy(np.concatenate([*history, [0.0]]))}
     for name, p in names.items():
         state |= {f"{key}/{name}": optimizer.state[p][key] for key in ("exp_avg", "exp_avg_sq", "step") if p in optimizer.state}
@@ -442,34 +443,51 @@ def save(model, tokenizer, optimizer, names, step, tokens, history, args):
         tokenizer.save_pretrained(aside)
     except (SafetensorError, OSError) as error:
         raise InputError(f"the checkpoint of step {step} cannot be written to {args.out}: {error}. The one before is intact; make room and --resume.") from None
-    if os.path.exists(path):
-        os.replace(path, os.path.join(args.out, "checkpoint.previous.safetensors"))
-    os.replace(path + ".tmp", path)
     for name in os.listdir(aside):
         os.replace(os.path.join(aside, name), os.path.join(args.out, name))
     os.rmdir(aside)
+    if os.path.exists(path):
+        os.replace(path, os.path.join(args.out, "checkpoint.previous.safetensors"))
+    os.replace(path + ".tmp", path)
 
 
-def restore(optimizer, names, history, args):
-    """Load the run folder's checkpoint into the weights, the optimizer and the history; returns (steps done, tokens generated)."""
+def find_checkpoint(args):
+    """The run folder's last whole checkpoint, opened. Raises InputError where there is none, or one of other settings."""
     paths = [os.path.join(args.out, f"checkpoint{kind}.safetensors") for kind in ("", ".previous")]  # a kill between two renames leaves the latter
-    path = next(filter(os.path.exists, paths), None)
-    if path is None:
-        raise InputError(f"there is no checkpoint in {args.out}. Expected one that --save_every wrote; without --resume a run starts anew.")
-    with safe_open(path, "pt") as state:
-        saved = json.loads(state.metadata()["args"])
-        differ = [f"--{key} was {saved.get(key)} and is {value}" for key, value in vars(args).items() if key not in MAY_DIFFER and saved.get(key) != value]
-        if differ and not args.force:
-            raise InputError(f"the checkpoint in {args.out} is of other settings: {', '.join(differ)}. Expected the same; --force goes on all the same.")
-        for name, p in names.items():
-            with torch.no_grad():
-                p.copy_(state.get_tensor(f"weight/{name}"))
+    for path in (paths := list(filter(os.path.exists, paths))):
+        try:
+            state = safe_open(path, "pt")
+            saved = json.loads(state.metadata()["args"])
+            break
+        except (SafetensorError, OSError, TypeError, KeyError) as error:
+            print(f"{path} is torn, or no checkpoint of train.py ({error}): it is passed over", flush=True)
+    else:
+        raise InputError(f"no checkpoint in {args.out} can be read. Without --resume a run starts anew." if paths else
+                         f"there is no checkpoint in {args.out}. Expected one that --save_every wrote; without --resume a run starts anew.")
+    if path != paths[0]:  # lest the next save keeps the torn one as the previous one
+        with suppress(FileNotFoundError):  # another rank has done it
+            os.replace(paths[0], paths[0] + ".torn")
+    differ = [f"--{key} was {saved.get(key)} and is {value}" for key, value in vars(args).items() if key not in MAY_DIFFER and saved.get(key) != value]
+    if differ and not args.force:
+        raise InputError(f"the checkpoint in {args.out} is of other settings: {', '.join(differ)}. Expected the same; --force goes on all the same.")
+    return state
+
+
+def restore(state, optimizer, names, history, args):
+    """Load a checkpoint into the weights, the optimizer and the history; returns (steps done, tokens generated)."""
+    shapes = {key[7:]: state.get_slice(key).get_shape() for key in state.keys() if key.startswith("weight/")}
+    if shapes != {name: list(p.shape) for name, p in names.items()}:
+        raise InputError(f"the checkpoint in {args.out} has other weights than this student, or this critic, trains. Expected the same model, --lora_rank and --critic.")
+    for name, p in names.items():
+        with torch.no_grad():
+            p.copy_(state.get_tensor(f"weight/{name}"))
+        if f"step/{name}" in state.keys():  # else no update has been done yet
             optimizer.state[p] = {key: state.get_tensor(f"{key}/{name}").to("cpu" if key == "step" else p.device) for key in ("exp_avg", "exp_avg_sq", "step")}
-        kept = state.get_tensor("history").numpy()
-        if len(kept) == sum(map(len, history)) + 1:  # else --force goes on with other trees
-            for old, new in zip(history, np.split(kept, np.cumsum([len(h) for h in history]))):
-                old[:] = new
-        return int(state.metadata()["step"]), int(state.metadata()["tokens"])
+    kept = state.get_tensor("history").numpy()
+    if len(kept) == sum(map(len, history)) + 1:  # else --force goes on with other trees
+        for old, new in zip(history, np.split(kept, np.cumsum([len(h) for h in history]))):
+            old[:] = new
+    return int(state.metadata()["step"]), int(state.metadata()["tokens"])
 
 
 def open_run(args, start):
@@ -686,6 +704,7 @@ def train(args):
     """The run: set up, then evaluate now and then, roll out, update, report, save."""
     rank, world, device = evaluate.distributed()
     # 1. data, models, optimiser, and where an earlier run stopped
+    checkpoint = find_checkpoint(args) if args.resume else None
     models, tokenizer, data, problems = set_up(args, device)
     names = {name: p for name, p in models.student.named_parameters() if p.requires_grad}
     groups = [dict(params=list(names.values()), peak_lr=args.lr)]
@@ -695,7 +714,7 @@ def train(args):
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95 if args.objective == "sft" else 0.999), weight_decay=0.0)
     schedule = get_cosine_schedule_with_warmup(optimizer, max(1, round(0.03 * args.steps)), args.steps + 1).lr_lambdas[0]
     history = [np.full(len(tree.parent), np.nan) for tree in data] if args.objective == "tree_opo" else []
-    step, tokens = restore(optimizer, names, history, args) if args.resume else (0, 0)
+    step, tokens = restore(checkpoint, optimizer, names, history, args) if checkpoint else (0, 0)
     if rank == 0:
         logs = open_run(args, step)
         print(f"{sum(map(torch.numel, groups[0]['params'])):,} trainable of {sum(p.numel() for p in models.student.parameters()):,} weights on "
