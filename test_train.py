@@ -587,6 +587,46 @@ def test_a_torn_checkpoint_gives_way_to_the_one_before(world, capsys):
         here(world, "torn", "--resume")
 
 
+@pytest.mark.parametrize("place", ["evaluation before", "first step", "evaluation", "last evaluation"])
+def test_stopped_anywhere_it_saves(world, monkeypatch, capsys, place):
+    """SIGTERM during an evaluation ended the run with "step 2 is saved" when it was not; before the first step, with a checkpoint that could not be read."""
+    if not (world / "whole3").exists():
+        here(world, "whole3")
+    name, count = ("rollout" if place == "first step" else "score"), 0
+    owner = train if name == "rollout" else evaluate
+    real = getattr(owner, name)
+
+    def told(*args, **how):
+        nonlocal count
+        count += 1
+        if count == {"evaluation before": 1, "first step": 1, "evaluation": 2, "last evaluation": 3}[place]:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args, **how)
+    out = "told_" + place.replace(" ", "_")
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+        patch.setattr(owner, name, told)
+        here(world, out, "--save_every", "0", "--eval_every", "2")
+    step = {"evaluation before": 0, "first step": 1, "evaluation": 2, "last evaluation": 3}[place]
+    assert end.value.code == 143 and f"stopped after step {step}, which is saved" in capsys.readouterr().out
+    here(world, out, "--resume", "--save_every", "0", "--eval_every", "3")
+    for extra in ("eval-2.jsonl", "eval-3.jsonl"):
+        assert extra != "eval-3.jsonl" or (world / out / extra).exists()
+    same_run(world / "whole3", world / out)
+
+
+def test_told_to_stop_it_evaluates_no_more(world, monkeypatch):
+    """SIGTERM in a step before an evaluation: the evaluation was done all the same, minutes in which torchrun loses patience after 30 s."""
+    real = train.rollout
+
+    def told(*args, **how):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args, **how)
+    monkeypatch.setattr(train, "rollout", told)
+    with pytest.raises(SystemExit):
+        here(world, "impatient", "--eval_every", "1")
+    assert sorted(name for name in os.listdir(world / "impatient") if name.startswith("eval")) == ["eval-0.jsonl"]
+
+
 def test_a_finished_run_is_resumed_without_work(world, capsys):
     """Status 0 and the same files, to the byte: a finished run in a script that resumes whatever is there."""
     if not (world / "whole3").exists():

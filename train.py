@@ -721,12 +721,14 @@ def train(args):
               f"{world} x {device.type}, {len(data)} problems, {args.group} groups -> {args.out}")
     stopped = stop_on_signals()
     begun, share = time.time(), lambda: tokens / args.max_tokens if args.max_tokens else step / args.steps
-    first, seen = share(), False
+    first, seen, saved = share(), False, step if args.resume else None
     while True:
-        # 2. evaluate: before, after, and now and then
-        if problems and (share() >= 1 or step % args.eval_every == 0):
+        # 2. evaluate: before, after, and now and then; not any more when told to stop, which may come in the middle of it
+        stop = any(gather(bool(stopped), world))
+        if problems and not stop and (share() >= 1 or step % args.eval_every == 0):
             score(models.student, tokenizer, problems, step, args, rank, world)
-        if share() >= 1 or any(gather(bool(stopped), world)):
+            stop = any(gather(bool(stopped), world))
+        if stop or share() >= 1:
             break
         # 3. roll out
         clock = [time.time()]
@@ -754,13 +756,16 @@ def train(args):
             # 6. save
             if share() >= 1 or stopped or args.save_every and step % args.save_every == 0:
                 save(models.student, tokenizer, optimizer, names, step, tokens, history, args)
-    if rank == 0 and share() >= 1:
+                saved = step
+    if rank == 0 and not stop:
         finish(args, step, (time.time() - begun) / 60, bool(problems))
     elif rank == 0:
+        if saved != step:
+            save(models.student, tokenizer, optimizer, names, step, tokens, history, args)
         print(f"stopped after step {step}, which is saved; the same command with --resume goes on", flush=True)
     if world > 1:
         dist.destroy_process_group()
-    if share() < 1:
+    if stop:
         sys.exit(128 + (stopped or [signal.SIGTERM])[0])
 
 
