@@ -637,6 +637,39 @@ def test_a_finished_run_is_resumed_without_work(world, capsys):
     assert "3 steps done" in capsys.readouterr().out
 
 
+STATES = {"ema": "--baseline ema", "mc": "--baseline mc --mc_rollouts 2", "critic": "--critic MODEL --critic_warmup 1", "teacher": "--reward teacher --teacher MODEL",
+          "dropout": "--lora_dropout 0.3", "epochs": "--epochs 2 --kl_coef 0.1", "every_weight": "--lora_rank 0", "tokens": "--max_tokens 400"}
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_twice_the_same_and_resumed_the_same(world, state, monkeypatch):
+    """What a run carries from step to step is in its checkpoint: the history of ema, the critic with its Adam, the schedule of --max_tokens, and
+    dropout's random numbers, which were drawn on and on from the seed, so that a resumed run had others."""
+    flags = STATES[state].replace("MODEL", str(world / "policy")).split() + ["--eval_every", "0", "--save_every", "2", "--steps", "4"]
+    here(world, state + "_whole", *flags)
+    real = train.rollout
+
+    def fatal(*args, **how):
+        if args[4] == 3:
+            raise Killed
+        return real(*args, **how)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "rollout", fatal)
+        try:
+            here(world, state + "_cut", *flags)
+        except Killed:
+            pass
+    here(world, state + "_cut", *flags, "--resume")
+    here(world, state + "_again", *flags)
+    a, b, c = (world / (state + end) for end in ("_whole", "_cut", "_again"))
+    assert timeless(a) == timeless(b) == timeless(c)
+    if state == "every_weight":
+        assert len({(x / "model.safetensors").read_bytes() for x in (a, b, c)}) == 1
+    else:
+        same_run(a, b)
+        same_run(a, c)
+
+
 MISTAKES = [
     (["--trees", "nowhere.jsonl"], "there is no file nowhere.jsonl"), (["--lr", "-1"], "--lr"), (["--batch_size", "9"], "--batch_size"),
     (["--alpha", "2"], "--alpha"), (["--model", "./nothing"], "no folder"), (["--resume", "--out", "empty"], "no checkpoint"),

@@ -736,6 +736,7 @@ def train(args):
         clock.append(time.time())
         # 4. update
         lr_share = schedule(share() * args.steps + 1)
+        torch.manual_seed(int(np.random.default_rng((args.seed, step, rank)).integers(2 ** 63)))  # of dropout
         stats, grad_norm = update(models, optimizer, samples, scale, lr_share, args, rank, world, warm_up=models.critic and step < args.critic_warmup)
         clock.append(time.time())
         if not seen and grad_norm > 0 and figures and args.behaviour == "student":
