@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -340,7 +341,7 @@ def world(tmp_path_factory):
 
 
 def command(folder, *flags, ranks=1, check=True, background=False, model="model"):
-    launch = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", "29512"]
+    launch = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--standalone"]
     flags = [str(flag) for flag in (["--model", folder / model] + list(flags))]
     process = subprocess.Popen(launch + [os.path.join(HERE, "train.py"), *flags], cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
@@ -457,6 +458,15 @@ def test_every_row_is_a_command(tmp_path, row):
     assert any(r["sat"] is not None for r in rows) == (args.reward == "task" and not args.critic and args.group != "question")
     if row == "mc":
         assert rows[0]["tokens"] > 2 * 32 * rows[0]["length"]
+
+
+def test_a_held_out_question_beyond_the_context(world, capsys):
+    """It was evaluated all the same, in garbage, or ended the run after hours: now one sentence before the first step, or a line with --skip_bad."""
+    (world / "long.jsonl").write_text((world / "test.jsonl").read_text() + json.dumps({"id": "long", "question": "Ben " * 10_000, "answer": "1"}) + "\n")
+    with pytest.raises(InputError, match="the question of \"long\" has"):
+        here(world, "long", "--eval_data", world / "long.jsonl")
+    here(world, "long", "--eval_data", world / "long.jsonl", "--skip_bad", "--steps", 1)
+    assert len((world / "long" / "eval-1.jsonl").read_text().splitlines()) == len(QUESTIONS) and "skipped" in capsys.readouterr().err
 
 
 def test_a_teacher_of_another_vocabulary_is_refused_before_any_work(world, capsys):
@@ -612,6 +622,17 @@ def test_stopped_anywhere_it_saves(world, monkeypatch, capsys, place):
     for extra in ("eval-2.jsonl", "eval-3.jsonl"):
         assert extra != "eval-3.jsonl" or (world / out / extra).exists()
     same_run(world / "whole3", world / out)
+
+
+def test_interrupted_while_torch_is_imported(world):
+    """Ctrl-C in the first seconds was a traceback out of some library."""
+    process = tree_opo(world, "early", background=True)
+    deadline = time.time() + 30
+    while "libtorch" not in open(f"/proc/{process.pid}/maps").read() and time.time() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and said == "\ntrain.py: stopped by SIGINT; what was finished is kept.\n" and not (world / "early").exists()
 
 
 def test_told_to_stop_it_evaluates_no_more(world, monkeypatch):

@@ -27,6 +27,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
+from tree import (InputError, arguments, at_least, drop_torn_line, leave_on_signals, micro_batches, parse_traces, read_jsonl, read_problems, read_trees,
+                  run_command, sample_group, tokenize, write_jsonl)
+
+if __name__ == "__main__":
+    leave_on_signals()  # torch takes seconds to import; in the loop stop_on_signals replaces it
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -37,8 +43,6 @@ from transformers import get_cosine_schedule_with_warmup
 
 import advantage
 import evaluate
-from tree import (InputError, arguments, at_least, drop_torn_line, micro_batches, parse_traces, read_jsonl, read_problems, read_trees,
-                  run_command, sample_group, tokenize, write_jsonl)
 
 # ---------------------------------------------------------------------------------------------------
 # Knobs. Any flag overrides its preset.
@@ -622,6 +626,7 @@ def set_up(args, device):
     torch.manual_seed(args.seed)  # the fresh adapter's A, the critic's head
     load = partial(evaluate.load, device=device, trust_remote_code=args.trust_remote_code)
     student, tokenizer = load(args.model, args.adapter, trainable=True)
+    problems = evaluate.fitting(student, tokenizer, problems, args.skip_bad) if problems else []
     if args.lora_rank == 0:
         student = student.float().requires_grad_(True)
     elif not args.adapter:
