@@ -691,6 +691,60 @@ def test_twice_the_same_and_resumed_the_same(world, state, monkeypatch):
         same_run(a, c)
 
 
+def poisoned(count, of=lambda s: True, value=float("nan")):
+    """evaluate.completion_logits, which spoils the first `count` training passes in which such a sample takes part."""
+    real, left = evaluate.completion_logits, [count]
+
+    def spoil(model, members, *others):
+        logits, *rest = real(model, members, *others)
+        if model.training and left[0] and any(map(of, members)):
+            left[0] -= 1
+            logits = logits * value
+        return logits, *rest
+    return spoil
+
+
+@pytest.mark.parametrize("state", ["", "--critic MODEL --critic_warmup 0", "--epochs 2"])
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_is_skipped_and_its_samples_kept(world, monkeypatch, capsys, what, state):
+    """One nan in Adam's moments is nan in every weight for ever. The step's samples are dumped, the others go on, finite; the log stays JSON
+    (an infinite gradient was written as Infinity); and what such a first step leaves, weights without Adam's moments, can be resumed."""
+    flags, out = state.replace("MODEL", str(world / "policy")).split(), f"spoilt_{what}{len(state)}"
+    if what == "loss":
+        monkeypatch.setattr(evaluate, "completion_logits", poisoned(1, lambda s: s.group == 1))
+    else:
+        real, left = train.accumulate, [2 if "epochs" in state else 1]
+
+        def accumulate(models, *others, **how):
+            stats = real(models, *others, **how)
+            if left[0]:
+                left[0] -= 1
+                next(p for p in models.student.parameters() if p.requires_grad).grad[0] = np.inf
+            return stats
+        monkeypatch.setattr(train, "accumulate", accumulate)
+    here(world, out, *flags, "--steps", 1, "--eval_every", 0)
+    [first] = [json.loads(line, parse_constant=pytest.fail) for line in open(world / out / "log.jsonl")]
+    spoilt = [json.loads(line) for line in open(world / out / "nonfinite-0.jsonl")]
+    assert first["loss" if what == "loss" else "grad_norm"] is None and "This update is skipped" in capsys.readouterr().out
+    assert spoilt and all(s["completion_ids"] and "advantage" in s for s in spoilt)
+    if "epochs" not in state:
+        assert not any(value.any() for name, value in adapter(world / out).items() if "lora_B" in name)
+    here(world, out, *flags, "--steps", 3, "--eval_every", 0, "--resume", "--force")
+    assert all(np.isfinite(row["loss"]) for row in log(world / out)[1:]) and all(value.isfinite().all() for value in adapter(world / out).values())
+    assert any(value.any() for name, value in adapter(world / out).items() if "lora_B" in name)
+
+
+def test_nonfinite_abort_is_one_sentence(world, monkeypatch):
+    """And the checkpoint before is good: the run goes on from there."""
+    monkeypatch.setattr(evaluate, "completion_logits", poisoned(9, lambda s: s.seed[1] == 1))
+    with pytest.raises(InputError, match="not finite; the samples concerned are in .*nonfinite-RANK.jsonl.*--nonfinite skip"):
+        here(world, "abort", "--nonfinite", "abort")
+    monkeypatch.undo()
+    here(world, "abort", "--nonfinite", "abort", "--resume")
+    here(world, "abort_whole", "--nonfinite", "abort")
+    same_run(world / "abort_whole", world / "abort")
+
+
 MISTAKES = [
     (["--trees", "nowhere.jsonl"], "there is no file nowhere.jsonl"), (["--lr", "-1"], "--lr"), (["--batch_size", "9"], "--batch_size"),
     (["--alpha", "2"], "--alpha"), (["--model", "./nothing"], "no folder"), (["--resume", "--out", "empty"], "no checkpoint"),

@@ -397,7 +397,8 @@ def update(models, optimizer, samples, scale, lr_share, args, rank=0, world=1, w
                 group["lr"] = group["peak_lr"] * lr_share
             optimizer.step()
         else:  # the same on every rank
-            dump(stats["bad"] or samples, os.path.join(args.out, f"nonfinite-{rank}.jsonl"))
+            anyone = any(gather(bool(stats["bad"]), world))  # else each loss is finite, and some gradient is not
+            dump(stats["bad"] if anyone else samples, os.path.join(args.out, f"nonfinite-{rank}.jsonl"))
             sentence = f"the loss or the gradient is not finite; the samples concerned are in {args.out}/nonfinite-RANK.jsonl."
             if args.nonfinite == "abort":
                 raise InputError(f"{sentence} Expected finite numbers: lower --lr, or look at the samples. --nonfinite skip would go on.")
@@ -568,7 +569,7 @@ def report(step, parts, clock, tokens, args):
 def write_logs(logs, row, samples, tokenizer, args):
     """One line of log.jsonl, and every so many steps the samples to rollouts.jsonl."""
     log, rollouts = logs
-    log.write(json.dumps({key: None if value != value else value for key, value in row.items()}) + "\n")
+    log.write(json.dumps({key: value if math.isfinite(value) else None for key, value in row.items()}) + "\n")
     if args.rollouts_every and row["step"] % args.rollouts_every == 0:
         for s in sorted(samples, key=lambda s: s.group):
             texts = dict(prefix=tokenizer.decode(s.prefix_ids), completion=tokenizer.decode(s.completion_ids))
