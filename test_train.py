@@ -745,6 +745,32 @@ def test_nonfinite_abort_is_one_sentence(world, monkeypatch):
     same_run(world / "abort_whole", world / "abort")
 
 
+def test_out_of_memory_in_the_update_is_one_line(world, monkeypatch, capsys):
+    """The objective is the same in micro-batches of half the size, which are half of the batch and not of a budget far above it."""
+    model, tokenizer = tiny()
+    samples, real, parts = random_samples(tokenizer), evaluate.completion_logits, []
+    size = sum(len(s.prefix_ids) + len(s.completion_ids) for s in samples)
+    for room in (10 ** 9, size // 2, size // 5, 1):
+        policy = lora(tiny()[0])
+        optimizer = torch.optim.AdamW([dict(params=[p for p in policy.parameters() if p.requires_grad], peak_lr=0.01)], weight_decay=0.0)
+
+        def small(model, members, rows, *others):
+            if len(rows) * max(len(row[0]) for row in rows) > room:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return real(model, members, rows, *others)
+        monkeypatch.setattr(evaluate, "completion_logits", small)
+        args, scale = settings(no_pack=True), train.Scale(1 / len(samples))
+        if room == 1:
+            with pytest.raises(torch.OutOfMemoryError):
+                train.update(train.Models(policy), optimizer, samples, scale, 1.0, args)
+            continue
+        stats, norm = train.update(train.Models(policy), optimizer, samples, scale, 1.0, args)
+        said = capsys.readouterr().out.count("out of memory in the update")
+        assert said == {10 ** 9: 0, size // 2: 1}.get(room, said) and (room > size or args.micro_tokens <= size // 2)
+        parts.append((sum(stats["loss"]), norm))
+    assert said > 1 and np.allclose(parts, parts[0], rtol=1e-4)
+
+
 MISTAKES = [
     (["--trees", "nowhere.jsonl"], "there is no file nowhere.jsonl"), (["--lr", "-1"], "--lr"), (["--batch_size", "9"], "--batch_size"),
     (["--alpha", "2"], "--alpha"), (["--model", "./nothing"], "no folder"), (["--resume", "--out", "empty"], "no checkpoint"),

@@ -386,7 +386,7 @@ def update(models, optimizer, samples, scale, lr_share, args, rank=0, world=1, w
                 if not evaluate.out_of_memory(error) or args.micro_tokens == 1:
                     raise
                 optimizer.zero_grad()
-                args.micro_tokens //= 2
+                args.micro_tokens = max(1, min(args.micro_tokens, sum(len(s.prefix_ids) + len(s.completion_ids) for s in samples)) // 2)
                 print(f"rank {rank}: out of memory in the update; going on with --micro_tokens {args.micro_tokens}, the same objective", flush=True)
         models.student.eval()
         groups = [group["params"] for group in optimizer.param_groups]
