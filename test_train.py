@@ -771,6 +771,27 @@ def test_out_of_memory_in_the_update_is_one_line(world, monkeypatch, capsys):
     assert said > 1 and np.allclose(parts, parts[0], rtol=1e-4)
 
 
+def test_where_a_run_cannot_be_put(world, monkeypatch):
+    """A file of the name of --out was moved aside as if it were a run, a folder of other things too, and a place that cannot be written was found
+    after the model was loaded."""
+    (world / "file").write_text("mine")
+    (world / "things").mkdir(exist_ok=True)
+    (world / "things" / "mine.txt").write_text("mine")
+    (world / "dangling").symlink_to("nowhere")
+    monkeypatch.setattr(evaluate, "load", lambda *args, **how: pytest.fail("a model was loaded"))
+    for out, says in (("file", "is no folder"), ("file/below", "Not a directory"), ("things", "something else than a run"), ("dangling", "is no folder"),
+                      ("/proc/nowhere", "/proc/nowhere"), ("/dev/null", "is no folder"), ("x" * 300, "File name too long")):
+        with pytest.raises((InputError, OSError), match=says):
+            here(world, out)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    (world / "empty").mkdir()
+    with pytest.raises(InputError, match="cannot be written"):
+        here(world, "empty")
+    monkeypatch.undo()
+    here(world, "empty", "--steps", 1, "--eval_every", 0)
+    assert (world / "file").read_text() == (world / "things" / "mine.txt").read_text() == "mine" and (world / "empty" / "log.jsonl").exists()
+
+
 MISTAKES = [
     (["--trees", "nowhere.jsonl"], "there is no file nowhere.jsonl"), (["--lr", "-1"], "--lr"), (["--batch_size", "9"], "--batch_size"),
     (["--alpha", "2"], "--alpha"), (["--model", "./nothing"], "no folder"), (["--resume", "--out", "empty"], "no checkpoint"),

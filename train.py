@@ -495,6 +495,19 @@ def restore(state, optimizer, names, history, args):
     return int(state.metadata()["step"]), int(state.metadata()["tokens"])
 
 
+def check_folder(args):
+    """InputError where the run folder cannot be made or written, or holds what is no run: that would be moved aside."""
+    if os.path.lexists(args.out) and not os.path.isdir(args.out):
+        raise InputError(f"--out {args.out} is no folder. Expected the name of one to make.")
+    if not os.path.exists(args.out):
+        os.makedirs(args.out)
+        os.rmdir(args.out)  # made for good when the models are there
+    elif not os.access(args.out, os.W_OK | os.X_OK):
+        raise InputError(f"the folder --out {args.out} cannot be written to. Expected another.")
+    elif not args.resume and os.listdir(args.out) and not os.path.exists(os.path.join(args.out, "log.jsonl")):
+        raise InputError(f"the folder --out {args.out} holds something else than a run. Expected an earlier run, which is moved aside, an empty folder, or none.")
+
+
 def open_run(args, start):
     """Make the run folder and open log.jsonl and rollouts.jsonl to append. An earlier run of the name is moved aside,
     never overwritten; a resumed one loses the lines of the steps that it does again."""
@@ -710,6 +723,8 @@ def train(args):
     """The run: set up, then evaluate now and then, roll out, update, report, save."""
     rank, world, device = evaluate.distributed()
     # 1. data, models, optimiser, and where an earlier run stopped
+    if rank == 0:
+        check_folder(args)
     checkpoint = find_checkpoint(args) if args.resume else None
     models, tokenizer, data, problems = set_up(args, device)
     names = {name: p for name, p in models.student.named_parameters() if p.requires_grad}
