@@ -771,6 +771,28 @@ def test_out_of_memory_in_the_update_is_one_line(world, monkeypatch, capsys):
     assert said > 1 and np.allclose(parts, parts[0], rtol=1e-4)
 
 
+def test_warnings_of_a_sick_run(world, monkeypatch, capsys):
+    """A sampler that is another policy than the trainer (here: of another temperature), an update that does not reach the sampler, and fifty
+    steps without a reward are said, once each; a healthy run says none of it."""
+    here(world, "healthy", "--eval_every", 0)
+    said = capsys.readouterr().out
+    assert not any(words in said for words in ("sampler and trainer differ", "does not reach the sampler", "no reward in the first"))
+    real = evaluate.log_probs
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "log_probs", lambda logits, target: real(logits / 1.5, target))
+        here(world, "gap", "--eval_every", 0, "--steps", 1)
+    assert "sampler and trainer differ by" in capsys.readouterr().out
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", lambda self: None)
+        here(world, "stuck", "--eval_every", 0, "--steps", 3)
+    assert capsys.readouterr().out.count("does not reach the sampler") == 1
+    monkeypatch.setattr(evaluate, "is_correct", lambda *args, **how: False)
+    here(world, "unrewarded", "--eval_every", 0, "--steps", 51, "--batch_size", 4, "--save_every", 0, "--max_new_tokens", 4)
+    said = capsys.readouterr().out
+    assert said.count("no reward in the first 50 steps") == 1 and said.count("  extracted ") == 3 and "expected \"" in said
+    assert "every group is dead" in said and not any(value.any() for name, value in adapter(world / "unrewarded").items() if "lora_B" in name)
+
+
 def test_where_a_run_cannot_be_put(world, monkeypatch):
     """A file of the name of --out was moved aside as if it were a run, a folder of other things too, and a place that cannot be written was found
     after the model was loaded."""

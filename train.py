@@ -601,11 +601,10 @@ def progress_line(row, done, seconds, args):
     return " | ".join(parts) + ("  every group is dead: equal rewards, nothing to learn from" if row.get("dead") == 1 else "")
 
 
-def check_sampler(student, tokenizer, sample, step, args):
-    """After the first update: does a completion come out as before, to the last bit? Then the sampler has not seen the update."""
-    again = evaluate.generate(student, tokenizer, [sample.prefix_ids], args.max_new_tokens, args.temperature, [sample.seed], return_logps=True)
-    if again == ([sample.completion_ids], [sample.sampler_logps]):
-        print(f"step {step + 1} changed no log-prob of a completion drawn again: the update does not reach the sampler, or --lr {args.lr} is too small to be seen")
+def draw_again(student, tokenizer, sample, args):
+    """A completion sampled once more, alone. One that an update leaves as it was, to the last bit, comes from a sampler that has not seen it.
+    (Beside others in a batch, as it was drawn first, the last bits are others anyway.)"""
+    return evaluate.generate(student, tokenizer, [sample.prefix_ids], args.max_new_tokens, args.temperature, [sample.seed], return_logps=True)
 
 
 def warn(row, samples, trees, tokenizer, args):
@@ -756,13 +755,15 @@ def train(args):
         samples, figures, generated, scale = make_batch(models, tokenizer, data, history, step, args, rank, world)
         clock.append(time.time())
         # 4. update
+        before = draw_again(models.student, tokenizer, samples[0], args) if not seen and figures and args.behaviour == "student" else None
         lr_share = schedule(share() * args.steps + 1)
         torch.manual_seed(int(np.random.default_rng((args.seed, step, rank)).integers(2 ** 63)))  # of dropout
         stats, grad_norm = update(models, optimizer, samples, scale, lr_share, args, rank, world, warm_up=models.critic and step < args.critic_warmup)
         clock.append(time.time())
-        if not seen and grad_norm > 0 and figures and args.behaviour == "student":
+        if before and 0 < grad_norm < math.inf:
             seen = True
-            check_sampler(models.student, tokenizer, samples[0], step, args)
+            if before == draw_again(models.student, tokenizer, samples[0], args):
+                print(f"step {step + 1} changed no log-prob of a completion drawn again: the update does not reach the sampler, or --lr {args.lr} is too small to be seen")
         # 5. report
         parts = gather((samples, figures, generated, stats), world)
         row = report(step, parts, clock, tokens, args) | dict(lr=args.lr * lr_share, grad_norm=grad_norm)
