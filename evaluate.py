@@ -432,10 +432,21 @@ def generate(model, tokenizer, prompts, max_new_tokens, temperature=1.0, seeds=N
                 batch = []
             batch.append(piece)
     with merged(model) as plain:
-        for rows in batches + [batch] * bool(batch):
+        waiting = batches + [batch] * bool(batch)
+        while waiting:
+            rows = waiting.pop(0)
             members = [k for row in rows for k in row]
             uniform = np.stack([np.random.default_rng(seeds[k]).random(max_new_tokens) for k in members])
-            for k, ids, values in zip(members, *decode_batch(plain, tokenizer, prompts, rows, uniform, stop[members], temperature)):
+            try:
+                decoded = decode_batch(plain, tokenizer, prompts, rows, uniform, stop[members], temperature)
+            except RuntimeError as error:
+                if not out_of_memory(error) or len(members) == 1:
+                    raise
+                print(f"out of memory with {len(members)} completions side by side; going on with half as many", flush=True)
+                rows = rows if len(rows) > 1 else [[k] for k in members]  # a single row is cut up
+                waiting[:0] = [rows[:len(rows) // 2], rows[len(rows) // 2:]]
+                continue
+            for k, ids, values in zip(members, *decoded):
                 completions[k], logps[k] = ids, values
     model.train(training)
     return (completions, logps) if return_logps else completions

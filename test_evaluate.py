@@ -66,6 +66,25 @@ def prompts_of(tokenizer):
 # ---------------------------------------------------------------------------------------------------
 # The sampler
 
+@pytest.mark.parametrize("room", [1, 2, 5])
+def test_out_of_memory_splits_the_batch(monkeypatch, capsys, room):
+    """A rollout that did not fit ended the run. Half as many side by side give the same completions; one alone that does not fit is an error."""
+    model, tokenizer = tiny()
+    prompts, real = prompts_of(tokenizer), evaluate.decode_batch
+    whole, logps = evaluate.generate(model, tokenizer, prompts, 9, return_logps=True)
+
+    def small(model, tokenizer, prompts, rows, uniform, *others):
+        if len(uniform) > room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(model, tokenizer, prompts, rows, uniform, *others)
+    monkeypatch.setattr(evaluate, "decode_batch", small)
+    split, values = evaluate.generate(model, tokenizer, prompts, 9, return_logps=True)
+    assert split == whole and all(a == pytest.approx(b, abs=1e-5) for a, b in zip(values, logps)) and "going on with half as many" in capsys.readouterr().out
+    room = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        evaluate.generate(model, tokenizer, prompts, 9)
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_greedy_is_that_of_transformers(family):
     """Shared prefill, left padding and rows that leave the batch change nothing: each prompt's greedy completion is what

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -340,7 +341,7 @@ def world(tmp_path_factory):
 
 
 def command(folder, *flags, ranks=1, check=True, background=False, model="model"):
-    launch = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", "29512"]
+    launch = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--standalone"]
     flags = [str(flag) for flag in (["--model", folder / model] + list(flags))]
     process = subprocess.Popen(launch + [os.path.join(HERE, "train.py"), *flags], cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
@@ -459,6 +460,15 @@ def test_every_row_is_a_command(tmp_path, row):
         assert rows[0]["tokens"] > 2 * 32 * rows[0]["length"]
 
 
+def test_a_held_out_question_beyond_the_context(world, capsys):
+    """It was evaluated all the same, in garbage, or ended the run after hours: now one sentence before the first step, or a line with --skip_bad."""
+    (world / "long.jsonl").write_text((world / "test.jsonl").read_text() + json.dumps({"id": "long", "question": "Ben " * 10_000, "answer": "1"}) + "\n")
+    with pytest.raises(InputError, match="the question of \"long\" has"):
+        here(world, "long", "--eval_data", world / "long.jsonl")
+    here(world, "long", "--eval_data", world / "long.jsonl", "--skip_bad", "--steps", 1)
+    assert len((world / "long" / "eval-1.jsonl").read_text().splitlines()) == len(QUESTIONS) and "skipped" in capsys.readouterr().err
+
+
 def test_a_teacher_of_another_vocabulary_is_refused_before_any_work(world, capsys):
     tokenizer_file = json.loads((world / "model" / "tokenizer.json").read_text())
     (world / "stranger").mkdir()
@@ -482,9 +492,331 @@ def test_sft_learns_the_searches_right_solutions(world):
         parse_traces({**row, "nodes": [dict(parent=-1, step="", visits=3, value=2.0)]}, 1)
 
 
+# ---------------------------------------------------------------------------------------------------
+# Killed, stopped, out of space, out of numbers, out of memory
+
+class Killed(BaseException):
+    """Stands for kill -9 where a test wants it at one exact place: nothing catches it, and what is on disk is all that is left."""
+
+
+def here(world, out, *flags):
+    """A run in this process, three steps of two groups."""
+    short = ["--model", world / "policy", "--trees", world / "trees.jsonl", "--eval_data", world / "test.jsonl", "--out", world / out, "--max_new_tokens", 12,
+             "--eval_new_tokens", 12, "--group_size", 4, "--batch_size", 8, "--lr", 3e-3, "--steps", 3, "--save_every", 1, "--eval_every", 3, "--rollouts_every", 1]
+    train.train(train.parse_args([str(flag) for flag in (*short, *flags)]))
+
+
+def timeless(folder):
+    return [{key: value for key, value in row.items() if not key.startswith(("seconds", "tokens_per", "peak"))} for row in log(folder)]
+
+
+def same_run(a, b):
+    """Equal adapters, logs but for times, rollouts, scores; and nothing left aside."""
+    assert all(torch.equal(value, adapter(b)[name]) for name, value in adapter(a).items())
+    assert timeless(a) == timeless(b) and not [name for name in os.listdir(b) if "tmp" in name]
+    for name in [name for name in os.listdir(a) if name.startswith(("rollouts", "eval"))]:
+        assert (a / name).read_text() == (b / name).read_text(), name
+
+
+SLOW = bool(os.environ.get("TREE_OPO_SLOW"))
+
+
+def test_killed_between_any_two_renames(world, monkeypatch, capsys):
+    """A kill between the checkpoint's two renames, or between the checkpoint and the adapter (of the last step, so that the resumed run
+    thought that it had finished and left an old adapter), or before the last scores: the same files as uninterrupted. All places with TREE_OPO_SLOW=1."""
+    here(world, "whole3")
+    replace, count = os.replace, 0
+
+    def counted(*paths):
+        nonlocal count
+        count += 1
+        if count == fatal:
+            raise Killed
+        replace(*paths)
+    monkeypatch.setattr(os, "replace", counted)
+    fatal = 0
+    here(world, "counted")
+    places = range(1, count + 1) if SLOW else [3, count - 7, count - 4, count - 2, count - 1, count]
+    for place in places:
+        count, fatal = 0, place
+        with pytest.raises(Killed):
+            here(world, f"rename{place}")
+        fatal = 0
+        try:
+            here(world, f"rename{place}", "--resume")
+        except InputError as error:  # nothing had been saved
+            assert "there is no checkpoint" in str(error) and not (world / f"rename{place}" / "checkpoint.safetensors").exists()
+            continue
+        same_run(world / "whole3", world / f"rename{place}")
+
+
+@pytest.mark.parametrize("place", ["save_file", "save_pretrained", "score", "write_logs"])
+def test_killed_inside_what_is_slow(world, monkeypatch, place):
+    """A kill in the middle of a file of weights, of save_pretrained, of an evaluation, or between log and checkpoint: torn files are never read."""
+    if not (world / "whole3").exists():
+        here(world, "whole3")
+    owner = {"save_pretrained": PeftModel, "score": evaluate}.get(place, train)
+    real, count = getattr(owner, place), 0
+
+    def torn(*args, **how):
+        nonlocal count
+        count += 1
+        if count < {"score": 2}.get(place, 3):
+            return real(*args, **how)
+        if place == "save_file":
+            open(args[1], "wb").write(b"torn")
+        if place == "write_logs":
+            real(*args, **how)
+            args[0][0].write('{"step": 99, "to')
+        if place == "save_pretrained":
+            os.makedirs(args[1], exist_ok=True)
+            open(os.path.join(args[1], "adapter_model.safetensors"), "wb").write(b"torn")
+        raise Killed
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, place, torn)
+        with pytest.raises(Killed):
+            here(world, "in_" + place)
+    here(world, "in_" + place, "--resume")
+    same_run(world / "whole3", world / ("in_" + place))
+
+
+def test_a_torn_checkpoint_gives_way_to_the_one_before(world, capsys):
+    """Cut short by a disk that lost its last pages: a traceback of safetensors. Now one line and the previous one; with both torn, one sentence."""
+    if not (world / "whole3").exists():
+        here(world, "whole3")
+    here(world, "torn")
+    path = world / "torn" / "checkpoint.safetensors"
+    for size in (1000, 100, 0):
+        path.write_bytes(path.read_bytes()[:size])
+        here(world, "torn", "--resume")
+        assert "checkpoint.safetensors is torn" in capsys.readouterr().out
+        same_run(world / "whole3", world / "torn")
+    for name in ("checkpoint.safetensors", "checkpoint.previous.safetensors"):
+        (world / "torn" / name).write_bytes(b"torn")
+    with pytest.raises(InputError, match="no checkpoint in .* can be read"):
+        here(world, "torn", "--resume")
+
+
+@pytest.mark.parametrize("place", ["evaluation before", "first step", "evaluation", "last evaluation"])
+def test_stopped_anywhere_it_saves(world, monkeypatch, capsys, place):
+    """SIGTERM during an evaluation ended the run with "step 2 is saved" when it was not; before the first step, with a checkpoint that could not be read."""
+    if not (world / "whole3").exists():
+        here(world, "whole3")
+    name, count = ("rollout" if place == "first step" else "score"), 0
+    owner = train if name == "rollout" else evaluate
+    real = getattr(owner, name)
+
+    def told(*args, **how):
+        nonlocal count
+        count += 1
+        if count == {"evaluation before": 1, "first step": 1, "evaluation": 2, "last evaluation": 3}[place]:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args, **how)
+    out = "told_" + place.replace(" ", "_")
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+        patch.setattr(owner, name, told)
+        here(world, out, "--save_every", "0", "--eval_every", "2")
+    step = {"evaluation before": 0, "first step": 1, "evaluation": 2, "last evaluation": 3}[place]
+    assert end.value.code == 143 and f"stopped after step {step}, which is saved" in capsys.readouterr().out
+    here(world, out, "--resume", "--save_every", "0", "--eval_every", "3")
+    for extra in ("eval-2.jsonl", "eval-3.jsonl"):
+        assert extra != "eval-3.jsonl" or (world / out / extra).exists()
+    same_run(world / "whole3", world / out)
+
+
+def test_interrupted_while_torch_is_imported(world):
+    """Ctrl-C in the first seconds was a traceback out of some library."""
+    process = tree_opo(world, "early", background=True)
+    deadline = time.time() + 30
+    while "libtorch" not in open(f"/proc/{process.pid}/maps").read() and time.time() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and said == "\ntrain.py: stopped by SIGINT; what was finished is kept.\n" and not (world / "early").exists()
+
+
+def test_told_to_stop_it_evaluates_no_more(world, monkeypatch):
+    """SIGTERM in a step before an evaluation: the evaluation was done all the same, minutes in which torchrun loses patience after 30 s."""
+    real = train.rollout
+
+    def told(*args, **how):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args, **how)
+    monkeypatch.setattr(train, "rollout", told)
+    with pytest.raises(SystemExit):
+        here(world, "impatient", "--eval_every", "1")
+    assert sorted(name for name in os.listdir(world / "impatient") if name.startswith("eval")) == ["eval-0.jsonl"]
+
+
+def test_a_finished_run_is_resumed_without_work(world, capsys):
+    """Status 0 and the same files, to the byte: a finished run in a script that resumes whatever is there."""
+    if not (world / "whole3").exists():
+        here(world, "whole3")
+    before = {name: (world / "whole3" / name).read_bytes() for name in os.listdir(world / "whole3")}
+    here(world, "whole3", "--resume")
+    assert before == {name: (world / "whole3" / name).read_bytes() for name in os.listdir(world / "whole3")}
+    assert "3 steps done" in capsys.readouterr().out
+
+
+STATES = {"ema": "--baseline ema", "mc": "--baseline mc --mc_rollouts 2", "critic": "--critic MODEL --critic_warmup 1", "teacher": "--reward teacher --teacher MODEL",
+          "dropout": "--lora_dropout 0.3", "epochs": "--epochs 2 --kl_coef 0.1", "every_weight": "--lora_rank 0", "tokens": "--max_tokens 400"}
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_twice_the_same_and_resumed_the_same(world, state, monkeypatch):
+    """What a run carries from step to step is in its checkpoint: the history of ema, the critic with its Adam, the schedule of --max_tokens, and
+    dropout's random numbers, which were drawn on and on from the seed, so that a resumed run had others."""
+    flags = STATES[state].replace("MODEL", str(world / "policy")).split() + ["--eval_every", "0", "--save_every", "2", "--steps", "4"]
+    here(world, state + "_whole", *flags)
+    real = train.rollout
+
+    def fatal(*args, **how):
+        if args[4] == 3:
+            raise Killed
+        return real(*args, **how)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "rollout", fatal)
+        try:
+            here(world, state + "_cut", *flags)
+        except Killed:
+            pass
+    here(world, state + "_cut", *flags, "--resume")
+    here(world, state + "_again", *flags)
+    a, b, c = (world / (state + end) for end in ("_whole", "_cut", "_again"))
+    assert timeless(a) == timeless(b) == timeless(c)
+    if state == "every_weight":
+        assert len({(x / "model.safetensors").read_bytes() for x in (a, b, c)}) == 1
+    else:
+        same_run(a, b)
+        same_run(a, c)
+
+
+def poisoned(count, of=lambda s: True, value=float("nan")):
+    """evaluate.completion_logits, which spoils the first `count` training passes in which such a sample takes part."""
+    real, left = evaluate.completion_logits, [count]
+
+    def spoil(model, members, *others):
+        logits, *rest = real(model, members, *others)
+        if model.training and left[0] and any(map(of, members)):
+            left[0] -= 1
+            logits = logits * value
+        return logits, *rest
+    return spoil
+
+
+@pytest.mark.parametrize("state", ["", "--critic MODEL --critic_warmup 0", "--epochs 2"])
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_is_skipped_and_its_samples_kept(world, monkeypatch, capsys, what, state):
+    """One nan in Adam's moments is nan in every weight for ever. The step's samples are dumped, the others go on, finite; the log stays JSON
+    (an infinite gradient was written as Infinity); and what such a first step leaves, weights without Adam's moments, can be resumed."""
+    flags, out = state.replace("MODEL", str(world / "policy")).split(), f"spoilt_{what}{len(state)}"
+    if what == "loss":
+        monkeypatch.setattr(evaluate, "completion_logits", poisoned(1, lambda s: s.group == 1))
+    else:
+        real, left = train.accumulate, [2 if "epochs" in state else 1]
+
+        def accumulate(models, *others, **how):
+            stats = real(models, *others, **how)
+            if left[0]:
+                left[0] -= 1
+                next(p for p in models.student.parameters() if p.requires_grad).grad[0] = np.inf
+            return stats
+        monkeypatch.setattr(train, "accumulate", accumulate)
+    here(world, out, *flags, "--steps", 1, "--eval_every", 0)
+    [first] = [json.loads(line, parse_constant=pytest.fail) for line in open(world / out / "log.jsonl")]
+    spoilt = [json.loads(line) for line in open(world / out / "nonfinite-0.jsonl")]
+    assert first["loss" if what == "loss" else "grad_norm"] is None and "This update is skipped" in capsys.readouterr().out
+    assert spoilt and all(s["completion_ids"] and "advantage" in s for s in spoilt)
+    if "epochs" not in state:
+        assert not any(value.any() for name, value in adapter(world / out).items() if "lora_B" in name)
+    here(world, out, *flags, "--steps", 3, "--eval_every", 0, "--resume", "--force")
+    assert all(np.isfinite(row["loss"]) for row in log(world / out)[1:]) and all(value.isfinite().all() for value in adapter(world / out).values())
+    assert any(value.any() for name, value in adapter(world / out).items() if "lora_B" in name)
+
+
+def test_nonfinite_abort_is_one_sentence(world, monkeypatch):
+    """And the checkpoint before is good: the run goes on from there."""
+    monkeypatch.setattr(evaluate, "completion_logits", poisoned(9, lambda s: s.seed[1] == 1))
+    with pytest.raises(InputError, match="not finite; the samples concerned are in .*nonfinite-RANK.jsonl.*--nonfinite skip"):
+        here(world, "abort", "--nonfinite", "abort")
+    monkeypatch.undo()
+    here(world, "abort", "--nonfinite", "abort", "--resume")
+    here(world, "abort_whole", "--nonfinite", "abort")
+    same_run(world / "abort_whole", world / "abort")
+
+
+def test_out_of_memory_in_the_update_is_one_line(world, monkeypatch, capsys):
+    """The objective is the same in micro-batches of half the size, which are half of the batch and not of a budget far above it."""
+    model, tokenizer = tiny()
+    samples, real, parts = random_samples(tokenizer), evaluate.completion_logits, []
+    size = sum(len(s.prefix_ids) + len(s.completion_ids) for s in samples)
+    for room in (10 ** 9, size // 2, size // 5, 1):
+        policy = lora(tiny()[0])
+        optimizer = torch.optim.AdamW([dict(params=[p for p in policy.parameters() if p.requires_grad], peak_lr=0.01)], weight_decay=0.0)
+
+        def small(model, members, rows, *others):
+            if len(rows) * max(len(row[0]) for row in rows) > room:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return real(model, members, rows, *others)
+        monkeypatch.setattr(evaluate, "completion_logits", small)
+        args, scale = settings(no_pack=True), train.Scale(1 / len(samples))
+        if room == 1:
+            with pytest.raises(torch.OutOfMemoryError):
+                train.update(train.Models(policy), optimizer, samples, scale, 1.0, args)
+            continue
+        stats, norm = train.update(train.Models(policy), optimizer, samples, scale, 1.0, args)
+        said = capsys.readouterr().out.count("out of memory in the update")
+        assert said == {10 ** 9: 0, size // 2: 1}.get(room, said) and (room > size or args.micro_tokens <= size // 2)
+        parts.append((sum(stats["loss"]), norm))
+    assert said > 1 and np.allclose(parts, parts[0], rtol=1e-4)
+
+
+def test_warnings_of_a_sick_run(world, monkeypatch, capsys):
+    """A sampler that is another policy than the trainer (here: of another temperature), an update that does not reach the sampler, and fifty
+    steps without a reward are said, once each; a healthy run says none of it."""
+    here(world, "healthy", "--eval_every", 0)
+    said = capsys.readouterr().out
+    assert not any(words in said for words in ("sampler and trainer differ", "does not reach the sampler", "no reward in the first"))
+    real = evaluate.log_probs
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "log_probs", lambda logits, target: real(logits / 1.5, target))
+        here(world, "gap", "--eval_every", 0, "--steps", 1)
+    assert "sampler and trainer differ by" in capsys.readouterr().out
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", lambda self: None)
+        here(world, "stuck", "--eval_every", 0, "--steps", 3)
+    assert capsys.readouterr().out.count("does not reach the sampler") == 1
+    monkeypatch.setattr(evaluate, "is_correct", lambda *args, **how: False)
+    here(world, "unrewarded", "--eval_every", 0, "--steps", 51, "--batch_size", 4, "--save_every", 0, "--max_new_tokens", 4)
+    said = capsys.readouterr().out
+    assert said.count("no reward in the first 50 steps") == 1 and said.count("  extracted ") == 3 and "expected \"" in said
+    assert "every group is dead" in said and not any(value.any() for name, value in adapter(world / "unrewarded").items() if "lora_B" in name)
+
+
+def test_where_a_run_cannot_be_put(world, monkeypatch):
+    """A file of the name of --out was moved aside as if it were a run, a folder of other things too, and a place that cannot be written was found
+    after the model was loaded."""
+    (world / "file").write_text("mine")
+    (world / "things").mkdir(exist_ok=True)
+    (world / "things" / "mine.txt").write_text("mine")
+    (world / "dangling").symlink_to("nowhere")
+    monkeypatch.setattr(evaluate, "load", lambda *args, **how: pytest.fail("a model was loaded"))
+    for out, says in (("file", "is no folder"), ("file/below", "Not a directory"), ("things", "something else than a run"), ("dangling", "is no folder"),
+                      ("/proc/nowhere", "/proc/nowhere"), ("/dev/null", "is no folder"), ("x" * 300, "File name too long")):
+        with pytest.raises((InputError, OSError), match=says):
+            here(world, out)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    (world / "empty").mkdir()
+    with pytest.raises(InputError, match="cannot be written"):
+        here(world, "empty")
+    monkeypatch.undo()
+    here(world, "empty", "--steps", 1, "--eval_every", 0)
+    assert (world / "file").read_text() == (world / "things" / "mine.txt").read_text() == "mine" and (world / "empty" / "log.jsonl").exists()
+
+
 MISTAKES = [
     (["--trees", "nowhere.jsonl"], "there is no file nowhere.jsonl"), (["--lr", "-1"], "--lr"), (["--batch_size", "9"], "--batch_size"),
-    (["--alpha", "2"], "--alpha"), (["--model", "./nothing"], "no folder"), (["--resume", "--out", "empty"], "no checkpoint"),
+    (["--alpha", "2"], "--alpha"), (["--model", "./nothing"], "no folder"), (["--resume", "--out", "unheard_of"], "no checkpoint"),
     (["--no_such_flag"], "unrecognized"), (["--baseline", "magic"], "invalid choice"), (["--max_prompt", "1"], "--max_prompt"),
     (["--mc_rollouts", "0"], "--mc_rollouts"), (["--distill_coef", "0.1"], "need --teacher"), (["--reward", "teacher"], "need --teacher"),
     (["--teacher", "policy"], "nothing asks for it"), (["--critic", "policy", "--reward", "none", "--teacher", "policy", "--distill_coef", "1"], "without rewards"),

@@ -22,10 +22,16 @@ import resource
 import signal
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
+
+from tree import (InputError, arguments, at_least, drop_torn_line, leave_on_signals, micro_batches, parse_traces, read_jsonl, read_problems, read_trees,
+                  run_command, sample_group, tokenize, write_jsonl)
+
+if __name__ == "__main__":
+    leave_on_signals()  # torch takes seconds to import; in the loop stop_on_signals replaces it
 
 import numpy as np
 import torch
@@ -37,8 +43,6 @@ from transformers import get_cosine_schedule_with_warmup
 
 import advantage
 import evaluate
-from tree import (InputError, arguments, at_least, drop_torn_line, micro_batches, parse_traces, read_jsonl, read_problems, read_trees,
-                  run_command, sample_group, tokenize, write_jsonl)
 
 # ---------------------------------------------------------------------------------------------------
 # Knobs. Any flag overrides its preset.
@@ -257,6 +261,13 @@ def credit_steps(samples, models, tokenizer, args):
         s.advantage = np.repeat(a, np.diff([*s.steps, len(s.completion_ids)]))
 
 
+def remember(samples, history, args):
+    """Move each prefix's running mean towards the rewards that the student has just earned there; for --baseline ema."""
+    for s in samples if history else ():
+        before = history[s.tree][s.node]
+        history[s.tree][s.node] = s.reward if np.isnan(before) else before + args.ema * (s.reward - before)
+
+
 def sft_batch(traces, step, args, rank=0, world=1):
     """This rank's traces of one step as samples of advantage 1: the policy gradient is then that of cross entropy."""
     samples = []
@@ -372,7 +383,8 @@ def update(models, optimizer, samples, scale, lr_share, args, rank=0, world=1, w
 
     lr_share   the schedule's factor on each learning rate
     """
-    for epoch in range(args.epochs):
+    figures = []
+    for _ in range(args.epochs):
         stats = None
         models.student.train()
         while stats is None:
@@ -382,7 +394,7 @@ def update(models, optimizer, samples, scale, lr_share, args, rank=0, world=1, w
                 if not evaluate.out_of_memory(error) or args.micro_tokens == 1:
                     raise
                 optimizer.zero_grad()
-                args.micro_tokens //= 2
+                args.micro_tokens = max(1, min(args.micro_tokens, sum(len(s.prefix_ids) + len(s.completion_ids) for s in samples)) // 2)
                 print(f"rank {rank}: out of memory in the update; going on with --micro_tokens {args.micro_tokens}, the same objective", flush=True)
         models.student.eval()
         groups = [group["params"] for group in optimizer.param_groups]
@@ -393,14 +405,15 @@ def update(models, optimizer, samples, scale, lr_share, args, rank=0, world=1, w
                 group["lr"] = group["peak_lr"] * lr_share
             optimizer.step()
         else:  # the same on every rank
-            dump(stats["bad"] or samples, os.path.join(args.out, f"nonfinite-{rank}.jsonl"))
+            anyone = any(gather(bool(stats["bad"]), world))  # else each loss is finite, and some gradient is not
+            dump(stats["bad"] if anyone else samples, os.path.join(args.out, f"nonfinite-{rank}.jsonl"))
             sentence = f"the loss or the gradient is not finite; the samples concerned are in {args.out}/nonfinite-RANK.jsonl."
             if args.nonfinite == "abort":
                 raise InputError(f"{sentence} Expected finite numbers: lower --lr, or look at the samples. --nonfinite skip would go on.")
             print(f"rank {rank}: {sentence} This update is skipped", flush=True)
         optimizer.zero_grad()
-        first = (stats, norms[0]) if epoch == 0 else first
-    return first
+        figures.append((stats, norms[0]))
+    return figures[0]
 
 
 def all_reduce_gradients(params, world, poison=False):
@@ -429,47 +442,94 @@ def gather(item, world):
 # ---------------------------------------------------------------------------------------------------
 # Checkpoints: one safetensors file of weights, Adam's moments and the step, written aside and renamed
 
-def save(model, tokenizer, optimizer, names, step, tokens, history, args):
-    """Write the checkpoint, keeping the previous one, and the model (or its PEFT adapter) at the top of the run folder."""
-    state = {f"weight/{name}": p.detach() for name, p in names.items()} | {"history": torch.from_numpy(np.concatenate([*history, [0.0]]))}
-    for name, p in names.items():
-        state |= {f"{key}/{name}": optimizer.state[p][key] for key in ("exp_avg", "exp_avg_sq", "step") if p in optimizer.state}
+@dataclass
+class Run:
+    """Where a run stands: what a checkpoint keeps."""
+    models: Models
+    tokenizer: object
+    optimizer: object
+    names: dict      # name -> weight that learns: the student's, then the critic's
+    history: list    # per tree (P,): a running mean of the student's rewards at each prefix, nan where it has not been
+    step: int = 0    # steps done
+    tokens: int = 0  # generated so far
+
+    def share(self, args):
+        """How much of the run is done, from 0 to 1 and, with --max_tokens, a little over."""
+        return self.tokens / args.max_tokens if args.max_tokens else self.step / args.steps
+
+
+def save(run, args):
+    """Write the model (or its PEFT adapter) at the top of the run folder, and the checkpoint, keeping the previous one. The checkpoint comes
+    last: a run killed in between does the step again, and writes both."""
+    state = {f"weight/{name}": p.detach() for name, p in run.names.items()} | {"history": torch.from_numpy(np.concatenate([*run.history, [0.0]]))}
+    for name, p in run.names.items():
+        state |= {f"{key}/{name}": value for key, value in run.optimizer.state.get(p, {}).items()}
     path, aside = (os.path.join(args.out, name) for name in ("checkpoint.safetensors", "model.tmp"))
-    metadata = {"step": str(step), "tokens": str(tokens), "args": json.dumps(vars(args))}
+    metadata = {"step": str(run.step), "tokens": str(run.tokens), "args": json.dumps(vars(args))}
     try:
         save_file({key: value.contiguous().cpu() for key, value in state.items()}, path + ".tmp", metadata)
-        model.save_pretrained(aside)
-        tokenizer.save_pretrained(aside)
+        run.models.student.save_pretrained(aside)
+        run.tokenizer.save_pretrained(aside)
     except (SafetensorError, OSError) as error:
-        raise InputError(f"the checkpoint of step {step} cannot be written to {args.out}: {error}. The one before is intact; make room and --resume.") from None
-    if os.path.exists(path):
-        os.replace(path, os.path.join(args.out, "checkpoint.previous.safetensors"))
-    os.replace(path + ".tmp", path)
+        raise InputError(f"the checkpoint of step {run.step} cannot be written to {args.out}: {error}. The one before is intact; make room and --resume.") from None
     for name in os.listdir(aside):
         os.replace(os.path.join(aside, name), os.path.join(args.out, name))
     os.rmdir(aside)
+    if os.path.exists(path):
+        os.replace(path, os.path.join(args.out, "checkpoint.previous.safetensors"))
+    os.replace(path + ".tmp", path)
 
 
-def restore(optimizer, names, history, args):
-    """Load the run folder's checkpoint into the weights, the optimizer and the history; returns (steps done, tokens generated)."""
+def find_checkpoint(args):
+    """The run folder's last whole checkpoint, opened. Raises InputError where there is none, or one of other settings."""
     paths = [os.path.join(args.out, f"checkpoint{kind}.safetensors") for kind in ("", ".previous")]  # a kill between two renames leaves the latter
-    path = next(filter(os.path.exists, paths), None)
-    if path is None:
-        raise InputError(f"there is no checkpoint in {args.out}. Expected one that --save_every wrote; without --resume a run starts anew.")
-    with safe_open(path, "pt") as state:
-        saved = json.loads(state.metadata()["args"])
-        differ = [f"--{key} was {saved.get(key)} and is {value}" for key, value in vars(args).items() if key not in MAY_DIFFER and saved.get(key) != value]
-        if differ and not args.force:
-            raise InputError(f"the checkpoint in {args.out} is of other settings: {', '.join(differ)}. Expected the same; --force goes on all the same.")
-        for name, p in names.items():
-            with torch.no_grad():
-                p.copy_(state.get_tensor(f"weight/{name}"))
-            optimizer.state[p] = {key: state.get_tensor(f"{key}/{name}").to("cpu" if key == "step" else p.device) for key in ("exp_avg", "exp_avg_sq", "step")}
-        kept = state.get_tensor("history").numpy()
-        if len(kept) == sum(map(len, history)) + 1:  # else --force goes on with other trees
-            for old, new in zip(history, np.split(kept, np.cumsum([len(h) for h in history]))):
-                old[:] = new
-        return int(state.metadata()["step"]), int(state.metadata()["tokens"])
+    for path in (paths := list(filter(os.path.exists, paths))):
+        try:
+            state = safe_open(path, "pt")
+            saved = json.loads(state.metadata()["args"])
+            break
+        except (SafetensorError, OSError, TypeError, KeyError) as error:
+            print(f"{path} is torn, or no checkpoint of train.py ({error}): it is passed over", flush=True)
+    else:
+        raise InputError(f"no checkpoint in {args.out} can be read. Without --resume a run starts anew." if paths else
+                         f"there is no checkpoint in {args.out}. Expected one that --save_every wrote; without --resume a run starts anew.")
+    if path != paths[0]:  # lest the next save keeps the torn one as the previous one
+        with suppress(FileNotFoundError):  # another rank has done it
+            os.replace(paths[0], paths[0] + ".torn")
+    differ = [f"--{key} was {saved.get(key)} and is {value}" for key, value in vars(args).items() if key not in MAY_DIFFER and saved.get(key) != value]
+    if differ and not args.force:
+        raise InputError(f"the checkpoint in {args.out} is of other settings: {', '.join(differ)}. Expected the same; --force goes on all the same.")
+    return state
+
+
+def restore(run, state, args):
+    """Set a run to where a checkpoint stands."""
+    shapes = {key[7:]: state.get_slice(key).get_shape() for key in state.keys() if key.startswith("weight/")}
+    if shapes != {name: list(p.shape) for name, p in run.names.items()}:
+        raise InputError(f"the checkpoint in {args.out} has other weights than this student, or this critic, trains. Expected the same model, --lora_rank and --critic.")
+    for name, p in run.names.items():
+        with torch.no_grad():
+            p.copy_(state.get_tensor(f"weight/{name}"))
+        if f"step/{name}" in state.keys():  # else no update has been done yet
+            moments = {key: state.get_tensor(f"{key}/{name}") for key in ("exp_avg", "exp_avg_sq", "step")}
+            run.optimizer.state[p] = {key: value.to("cpu" if key == "step" else p.device) for key, value in moments.items()}
+    kept = state.get_tensor("history").numpy()
+    if len(kept) == sum(map(len, run.history)) + 1:  # else --force goes on with other trees
+        run.history = np.split(kept[:-1], np.cumsum([len(h) for h in run.history])[:-1]) if run.history else []
+    run.step, run.tokens = int(state.metadata()["step"]), int(state.metadata()["tokens"])
+
+
+def check_folder(args):
+    """InputError where the run folder cannot be made or written, or holds what is no run: that would be moved aside."""
+    if os.path.lexists(args.out) and not os.path.isdir(args.out):
+        raise InputError(f"--out {args.out} is no folder. Expected the name of one to make.")
+    if not os.path.exists(args.out):
+        os.makedirs(args.out)
+        os.rmdir(args.out)  # made for good when the models are there
+    elif not os.access(args.out, os.W_OK | os.X_OK):
+        raise InputError(f"the folder --out {args.out} cannot be written to. Expected another.")
+    elif not args.resume and os.listdir(args.out) and not os.path.exists(os.path.join(args.out, "log.jsonl")):
+        raise InputError(f"the folder --out {args.out} holds something else than a run. Expected an earlier run, which is moved aside, an empty folder, or none.")
 
 
 def open_run(args, start):
@@ -521,7 +581,7 @@ def peak_memory():
 def report(step, parts, clock, tokens, args):
     """The figures of one step over all ranks, as README defines them: one object of log.jsonl.
 
-    parts    every rank's (samples, figures of groups, generated tokens, stats of the update, ...)
+    parts    every rank's (samples, figures of groups, generated tokens, stats of the update)
     """
     samples, figures = ([x for part in parts for x in part[k]] for k in (0, 1))
     stats = {name: [x for part in parts for x in part[3][name]] for name in parts[0][3]}
@@ -546,7 +606,7 @@ def report(step, parts, clock, tokens, args):
 def write_logs(logs, row, samples, tokenizer, args):
     """One line of log.jsonl, and every so many steps the samples to rollouts.jsonl."""
     log, rollouts = logs
-    log.write(json.dumps({key: None if value != value else value for key, value in row.items()}) + "\n")
+    log.write(json.dumps({key: value if math.isfinite(value) else None for key, value in row.items()}) + "\n")
     if args.rollouts_every and row["step"] % args.rollouts_every == 0:
         for s in sorted(samples, key=lambda s: s.group):
             texts = dict(prefix=tokenizer.decode(s.prefix_ids), completion=tokenizer.decode(s.completion_ids))
@@ -564,11 +624,10 @@ def progress_line(row, done, seconds, args):
     return " | ".join(parts) + ("  every group is dead: equal rewards, nothing to learn from" if row.get("dead") == 1 and not row["grad_norm"] else "")
 
 
-def check_sampler(student, tokenizer, sample, step, args):
-    """After the first update: does a completion come out as before, to the last bit? Then the sampler has not seen the update."""
-    again = evaluate.generate(student, tokenizer, [sample.prefix_ids], args.max_new_tokens, args.temperature, [sample.seed], return_logps=True)
-    if again == ([sample.completion_ids], [sample.sampler_logps]):
-        print(f"step {step + 1} changed no log-prob of a completion drawn again: the update does not reach the sampler, or --lr {args.lr} is too small to be seen")
+def draw_again(student, tokenizer, sample, args):
+    """A completion sampled once more, alone. One that an update leaves as it was, to the last bit, comes from a sampler that has not seen it.
+    (Beside others in a batch, as it was drawn first, the last bits are others anyway.)"""
+    return evaluate.generate(student, tokenizer, [sample.prefix_ids], args.max_new_tokens, args.temperature, [sample.seed], return_logps=True)
 
 
 def warn(row, samples, trees, tokenizer, args):
@@ -589,15 +648,8 @@ def warn(row, samples, trees, tokenizer, args):
 # ---------------------------------------------------------------------------------------------------
 # The loop
 
-def set_up(args, device):
-    """Data first, since its errors are cheap, then the models: (Models, tokenizer, training data, held-out problems)."""
-    problems = read_problems(args.eval_data, args.eval_limit, args.skip_bad) if args.eval_every else []
-    if args.objective == "sft":
-        rows = [trace for traces in read_jsonl(args.trees, parse_traces, args.skip_bad) for trace in traces]
-        if not rows:
-            raise InputError(f"no solution in {args.trees} came to a right answer; there is nothing to learn by heart.")
-    else:
-        trees = read_trees(args.trees, args.skip_bad)
+def load_models(args, device):
+    """(Models, the student's tokenizer). The student is what learns: an adapter on it, or with --lora_rank 0 all of its weights."""
     if args.teacher:
         evaluate.check_vocabulary(args.teacher, args.model, args.trust_remote_code)
     torch.manual_seed(args.seed)  # the fresh adapter's A, the critic's head
@@ -608,22 +660,55 @@ def set_up(args, device):
     elif not args.adapter:
         student = get_peft_model(student, LoraConfig(r=args.lora_rank, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout,
                                                      target_modules="all-linear", task_type="CAUSAL_LM"))
-    models = Models(student, load(args.teacher, args.teacher_adapter)[0].requires_grad_(False) if args.teacher else None,
-                    evaluate.load_critic(args.critic, device) if args.critic else None)
-    encode = lambda question, steps: evaluate.encode(tokenizer, question, steps)
-    if args.objective == "sft":
-        traces = []
-        for question, steps in rows:
-            prompt, *ids = encode(question, steps[:-1])
-            last = tokenizer(steps[-1], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-            traces.append((prompt, [token for step in ids + [last] for token in step]))
-        return models, tokenizer, traces, problems
-    trees, dropped = tokenize(trees, encode, args.max_prompt)
-    if not trees:
-        raise InputError(f"no prefix of {args.trees} has at most {args.max_prompt} tokens; raise --max_prompt.")
-    if dropped:
-        print(f"dropped {dropped} prefixes of more than {args.max_prompt} tokens; {sum(len(t.steps) for t in trees)} are left")
-    return models, tokenizer, trees, problems
+    teacher = load(args.teacher, args.teacher_adapter)[0].requires_grad_(False) if args.teacher else None
+    return Models(student, teacher, evaluate.load_critic(args.critic, device) if args.critic else None), tokenizer
+
+
+def load_data(args):
+    """Training data, trees or (question, steps) of solutions, and held-out problems. Before the models, since their errors are cheap."""
+    problems = read_problems(args.eval_data, args.eval_limit, args.skip_bad) if args.eval_every else []
+    if args.objective == "tree_opo":
+        return read_trees(args.trees, args.skip_bad), problems
+    solutions = [solution for solutions in read_jsonl(args.trees, parse_traces, args.skip_bad) for solution in solutions]
+    if not solutions:
+        raise InputError(f"no solution in {args.trees} came to a right answer; there is nothing to learn by heart.")
+    return solutions, problems
+
+
+def encode_data(data, tokenizer, args):
+    """Trees with their ids, prefixes that are too long left out; solutions as (ids of the prompt, ids of the completion)."""
+    encode = partial(evaluate.encode, tokenizer)
+    if args.objective == "tree_opo":
+        trees, dropped = tokenize(data, encode, args.max_prompt)
+        if not trees:
+            raise InputError(f"no prefix of {args.trees} has at most {args.max_prompt} tokens; raise --max_prompt.")
+        if dropped:
+            print(f"dropped {dropped} prefixes of more than {args.max_prompt} tokens; {sum(len(t.steps) for t in trees)} are left")
+        return trees
+    pairs = []
+    for question, steps in data:
+        prompt, *ids = encode(question, steps[:-1])
+        last = tokenizer(steps[-1], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+        pairs.append((prompt, [token for step in ids + [last] for token in step]))
+    return pairs
+
+
+def set_up(args, device):
+    """(Run, training data, held-out problems), from scratch or where the checkpoint stands."""
+    checkpoint = find_checkpoint(args) if args.resume else None
+    data, problems = load_data(args)
+    models, tokenizer = load_models(args, device)
+    data, problems = encode_data(data, tokenizer, args), evaluate.fitting(models.student, tokenizer, problems, args.skip_bad) if problems else []
+    names = {name: p for name, p in models.student.named_parameters() if p.requires_grad}
+    groups = [dict(params=list(names.values()), peak_lr=args.lr)]
+    if models.critic:
+        groups.append(dict(params=list(models.critic.parameters()), peak_lr=args.critic_lr))
+        names |= {f"critic.{name}": p for name, p in models.critic.named_parameters()}
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95 if args.objective == "sft" else 0.999), weight_decay=0.0)
+    run = Run(models, tokenizer, optimizer, names, [np.full(len(tree.parent), np.nan) for tree in data] if args.objective == "tree_opo" else [])
+    if checkpoint:
+        restore(run, checkpoint, args)
+    return run, data, problems
 
 
 def score(model, tokenizer, problems, step, args, rank, world):
@@ -640,14 +725,15 @@ def score(model, tokenizer, problems, step, args, rank, world):
               f"95 % [{100 * low:.1f}, {100 * high:.1f}]", flush=True)
 
 
-def make_batch(models, tokenizer, data, history, step, args, rank, world):
+def make_batch(run, data, args, rank, world):
     """This rank's samples of one step, credited: (samples, figures of groups, generated tokens, Scale)."""
+    models, tokenizer = run.models, run.tokenizer
     if args.objective == "sft":
-        samples, figures = sft_batch(data, step, args, rank, world), []
+        samples, figures = sft_batch(data, run.step, args, rank, world), []
         generated = sum(len(s.completion_ids) for s in samples)
     else:
         policy = models.teacher if args.behaviour == "teacher" else models.student
-        samples, figures, generated = rollout(policy, tokenizer, data, history, step, args, rank, world)
+        samples, figures, generated = rollout(policy, tokenizer, data, run.history, run.step, args, rank, world)
         if args.critic or args.reward == "teacher":
             credit_steps(samples, models, tokenizer, args)
         elif args.reward == "none":
@@ -683,66 +769,65 @@ def finish(args, step, minutes, evaluated):
 
 def train(args):
     """The run: set up, then evaluate now and then, roll out, update, report, save."""
+    # 1. set up
     rank, world, device = evaluate.distributed()
-    # 1. data, models, optimiser, and where an earlier run stopped
-    models, tokenizer, data, problems = set_up(args, device)
-    names = {name: p for name, p in models.student.named_parameters() if p.requires_grad}
-    groups = [dict(params=list(names.values()), peak_lr=args.lr)]
-    if models.critic:
-        names |= (of_critic := {f"critic.{name}": p for name, p in models.critic.named_parameters()})
-        groups.append(dict(params=list(of_critic.values()), peak_lr=args.critic_lr))
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95 if args.objective == "sft" else 0.999), weight_decay=0.0)
-    schedule = get_cosine_schedule_with_warmup(optimizer, max(1, round(0.03 * args.steps)), args.steps + 1).lr_lambdas[0]
-    history = [np.full(len(tree.parent), np.nan) for tree in data] if args.objective == "tree_opo" else []
-    step, tokens = restore(optimizer, names, history, args) if args.resume else (0, 0)
     if rank == 0:
-        logs = open_run(args, step)
-        print(f"{sum(map(torch.numel, groups[0]['params'])):,} trainable of {sum(p.numel() for p in models.student.parameters()):,} weights on "
-              f"{world} x {device.type}, {len(data)} problems, {args.group} groups -> {args.out}")
-    stopped = stop_on_signals()
-    begun, share = time.time(), lambda: tokens / args.max_tokens if args.max_tokens else step / args.steps
-    first, seen, stopping = share(), False, False
+        check_folder(args)
+    run, data, problems = set_up(args, device)
+    student, tokenizer = run.models.student, run.tokenizer
+    schedule = get_cosine_schedule_with_warmup(run.optimizer, max(1, round(0.03 * args.steps)), args.steps + 1).lr_lambdas[0]
+    if rank == 0:
+        logs = open_run(args, run.step)
+        trainable = sum(p.numel() for p in student.parameters() if p.requires_grad)
+        print(f"{trainable:,} trainable of {sum(p.numel() for p in student.parameters()):,} weights on {world} x {device.type}, "
+              f"{len(data)} problems, {args.group} groups -> {args.out}")
+    signals, seen, begun, first = stop_on_signals(), False, time.time(), run.share(args)
     while True:
-        # 2. evaluate: before, after, and now and then
-        if problems and (share() >= 1 or step % args.eval_every == 0):
-            score(models.student, tokenizer, problems, step, args, rank, world)
-        if share() >= 1 or stopping:
+        # 2. evaluate: before, after, and now and then; no more once told to stop, which may happen in the middle of it
+        stop, done = any(gather(bool(signals), world)), run.share(args) >= 1
+        if problems and not stop and (done or run.step % args.eval_every == 0):
+            score(student, tokenizer, problems, run.step, args, rank, world)
+            stop = any(gather(bool(signals), world))
+        if stop or done:
             break
         # 3. roll out
         clock = [time.time()]
-        samples, figures, generated, scale = make_batch(models, tokenizer, data, history, step, args, rank, world)
+        samples, figures, generated, scale = make_batch(run, data, args, rank, world)
         clock.append(time.time())
-        # 4. update
-        lr_share = schedule(share() * args.steps + 1)
-        stats, grad_norm = update(models, optimizer, samples, scale, lr_share, args, rank, world, warm_up=models.critic and step < args.critic_warmup)
-        clock.append(time.time())
-        if not seen and grad_norm > 0 and samples and figures and args.behaviour == "student":
+        # 4. update; the first one must show in a completion that is drawn again
+        watched = samples[0] if samples and figures and not seen and args.behaviour == "student" else None
+        before = watched and draw_again(student, tokenizer, watched, args)
+        lr_share = schedule(run.share(args) * args.steps + 1)
+        torch.manual_seed(int(np.random.default_rng((args.seed, run.step, rank)).integers(2 ** 63)))  # of dropout
+        stats, grad_norm = update(run.models, run.optimizer, samples, scale, lr_share, args, rank, world, warm_up=args.critic and run.step < args.critic_warmup)
+        if watched and 0 < grad_norm < math.inf:
             seen = True
-            check_sampler(models.student, tokenizer, samples[0], step, args)
+            if before == draw_again(student, tokenizer, watched, args):
+                print(f"step {run.step + 1} changed no log-prob of a completion drawn again: the update does not reach the sampler, or --lr {args.lr} is too small")
+        clock.append(time.time())
         # 5. report
-        parts = gather((samples, figures, generated, stats, bool(stopped)), world)
-        stopping = any(part[4] for part in parts)
-        row = report(step, parts, clock, tokens, args) | dict(lr=args.lr * lr_share, grad_norm=grad_norm)
-        everyones = sorted((s for part in parts for s in part[0]), key=lambda s: s.group)
-        for s in everyones if history else ():
-            before = history[s.tree][s.node]
-            history[s.tree][s.node] = s.reward if np.isnan(before) else before + args.ema * (s.reward - before)
-        step, tokens = step + 1, row["tokens"]
+        parts = gather((samples, figures, generated, stats), world)
+        row = report(run.step, parts, clock, run.tokens, args) | dict(lr=args.lr * lr_share, grad_norm=grad_norm)
+        samples = sorted((s for part in parts for s in part[0]), key=lambda s: s.group)  # of all ranks
+        remember(samples, run.history, args)
+        run.step, run.tokens = run.step + 1, row["tokens"]
         if rank == 0:
-            write_logs(logs, row, everyones, tokenizer, args)
-            print(progress_line(row, share(), (time.time() - begun) * max(0, 1 - share()) / (share() - first), args), flush=True)
-            warn(row, everyones, data, tokenizer, args)
+            left = (time.time() - begun) * max(0, 1 - run.share(args)) / (run.share(args) - first)
+            print(progress_line(row, run.share(args), left, args), flush=True)
+            write_logs(logs, row, samples, tokenizer, args)
+            warn(row, samples, data, tokenizer, args)
             # 6. save
-            if share() >= 1 or stopping or args.save_every and step % args.save_every == 0:
-                save(models.student, tokenizer, optimizer, names, step, tokens, history, args)
-    if rank == 0 and share() >= 1:
-        finish(args, step, (time.time() - begun) / 60, bool(problems))
+            if run.share(args) >= 1 or args.save_every and run.step % args.save_every == 0:
+                save(run, args)
+    if rank == 0 and stop:
+        save(run, args)
+        print(f"stopped after step {run.step}, which is saved; the same command with --resume goes on", flush=True)
     elif rank == 0:
-        print(f"stopped after step {step}, which is saved; the same command with --resume goes on", flush=True)
+        finish(args, run.step, (time.time() - begun) / 60, bool(problems))
     if world > 1:
         dist.destroy_process_group()
-    if share() < 1:
-        sys.exit(128 + (stopped or [signal.SIGTERM])[0])
+    if stop:
+        sys.exit(128 + (signals or [signal.SIGTERM])[0])
 
 
 if __name__ == "__main__":

@@ -70,9 +70,9 @@ def build(args, rank=16):
              "--max_new_tokens", str(args.new_tokens), "--max_prompt", str(args.max_prompt), "--micro_tokens", str(args.micro_tokens), "--lora_rank", str(rank)]
     knobs = train.parse_args(flags)
     _, _, device = evaluate.distributed()
-    (model, _, _), tokenizer, trees, _ = train.set_up(knobs, device)
+    run, trees, _ = train.set_up(knobs, device)
     torch.set_num_threads(args.threads)  # loading a small model set it to one
-    return knobs, model, tokenizer, trees
+    return knobs, run.models.student, run.tokenizer, trees
 
 
 def batch_of(trees, knobs, tokenizer, group_size=None, seed=0):
