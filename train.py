@@ -27,8 +27,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
-from tree import (InputError, arguments, at_least, drop_torn_line, leave_on_signals, micro_batches, parse_traces, read_jsonl, read_problems, read_trees,
-                  run_command, sample_group, tokenize, write_jsonl)
+from tree import (InputError, arguments, at_least, drop_torn_line, leave_on_signals, micro_batches, parse_traces, read_jsonl,
+                  read_problems, read_trees, run_command, sample_group, tokenize, write_jsonl)
 
 if __name__ == "__main__":
     leave_on_signals()  # torch takes seconds to import; in the loop stop_on_signals replaces it
@@ -133,20 +133,28 @@ def parse_args(argv=None):
     parser.set_defaults(**PRESETS[parser.parse_args(argv).preset])
     args = parser.parse_args(argv)
     rl, compared = args.objective == "tree_opo", args.reward == "task" and not args.critic  # else steps are credited, one by one
-    wants_teacher = args.distill_coef or "teacher" in (args.reward, args.behaviour)
+    asked = args.distill_coef or "teacher" in (args.reward, args.behaviour)  # for a teacher
     for wrong, sentence in (
-            (args.batch_size % args.group_size, f"--batch_size {args.batch_size} is no multiple of --group_size {args.group_size}; expected whole groups."),
-            (rl and compared and args.group_size == 1, "--group_size is 1: a sample alone is compared with nothing, its advantage always 0. Expected 2 or more."),
-            (args.baseline and not compared, f"--baseline {args.baseline} compares task rewards in a group; --critic and --reward {args.reward} do not. Leave one out."),
-            (args.critic and not (rl and args.reward != "none"), "--critic without rewards has nothing to predict; expected --reward task or teacher."),
-            (not rl and (args.teacher or args.kl_coef or args.epochs > 1), "--objective sft learns traces alone; --teacher, --kl_coef and --epochs are not for it."),
-            ((wants_teacher or args.teacher_adapter) and not args.teacher,
+            (args.batch_size % args.group_size,
+             f"--batch_size {args.batch_size} is no multiple of --group_size {args.group_size}; expected whole groups."),
+            (rl and compared and args.group_size == 1,
+             "--group_size is 1: a sample alone is compared with nothing, its advantage always 0. Expected 2 or more."),
+            (args.baseline and not compared,
+             f"--baseline {args.baseline} compares task rewards in a group; --critic and --reward {args.reward} do not. Leave one out."),
+            (args.critic and not (rl and args.reward != "none"),
+             "--critic without rewards has nothing to predict; expected --reward task or teacher."),
+            (not rl and (args.teacher or args.kl_coef or args.epochs > 1),
+             "--objective sft learns traces alone; --teacher, --kl_coef and --epochs are not for it."),
+            ((asked or args.teacher_adapter) and not args.teacher,
              "--distill_coef, --reward teacher, --behaviour teacher and --teacher_adapter need --teacher PATH."),
-            (args.teacher and not wants_teacher, "--teacher is given, but nothing asks for it; expected --distill_coef, --reward teacher or --behaviour teacher."),
-            (args.reward == "none" and not args.distill_coef, "--reward none leaves nothing to learn from; expected a --distill_coef above 0."),
+            (args.teacher and not asked,
+             "--teacher is given, but nothing asks for it; expected --distill_coef, --reward teacher or --behaviour teacher."),
+            (args.reward == "none" and not args.distill_coef,
+             "--reward none leaves nothing to learn from; expected a --distill_coef above 0."),
             (args.behaviour == "teacher" and (not compared or args.epochs > 1 or args.baseline in ("ema", "mc")),
-             "--behaviour teacher weighs whole completions by task rewards; --critic, other --reward, --epochs, ema and mc need the student's own."),
-            (args.kl_coef and not (args.lora_rank or args.adapter), "--kl_coef compares with the student without its adapter, and --lora_rank 0 leaves none.")):
+             "--behaviour teacher weighs its completions by task rewards; --critic, other --reward, --epochs, ema and mc need the student's."),
+            (args.kl_coef and not (args.lora_rank or args.adapter),
+             "--kl_coef compares with the student without its adapter, and --lora_rank 0 leaves none.")):
         if wrong:
             raise InputError(sentence)
     args.baseline = args.baseline or "expectation"
@@ -200,8 +208,9 @@ def rollout(policy, tokenizer, trees, history, step, args, rank=0, world=1):
         drawn.append((place, nodes, fresh))
         prompts += [tree.prefix_ids(node) for node in (*nodes, *fresh)]
         # the last number from 1 on: numpy takes (seed, step, group, 0) for (seed, step, group), which drew the prefixes
-        seeds += [(args.seed, step, g, k + 1) for k in range(len(nodes) + len(fresh))]
-        samples += [Sample(g, int(node), tree.prefix_ids(node), [], tree=int(place), seed=(args.seed, step, g, k + 1)) for k, node in enumerate(nodes)]
+        own = [(args.seed, step, g, k + 1) for k in range(len(nodes) + len(fresh))]
+        seeds += own
+        samples += [Sample(g, int(node), tree.prefix_ids(node), [], tree=int(place), seed=seed) for node, seed in zip(nodes, own)]
     completions, logps = evaluate.generate(policy, tokenizer, prompts, args.max_new_tokens, args.temperature, seeds, return_logps=True)
     eos, figures, waiting = evaluate.eos_ids(policy, tokenizer), [], iter(zip(completions, logps))
 
@@ -471,7 +480,8 @@ def save(run, args):
         run.models.student.save_pretrained(aside)
         run.tokenizer.save_pretrained(aside)
     except (SafetensorError, OSError) as error:
-        raise InputError(f"the checkpoint of step {run.step} cannot be written to {args.out}: {error}. The one before is intact; make room and --resume.") from None
+        raise InputError(f"the checkpoint of step {run.step} cannot be written to {args.out}: {error}. The one before is intact; "
+                         "make room and --resume.") from None
     for name in os.listdir(aside):
         os.replace(os.path.join(aside, name), os.path.join(args.out, name))
     os.rmdir(aside)
@@ -496,7 +506,8 @@ def find_checkpoint(args):
     if path != paths[0]:  # lest the next save keeps the torn one as the previous one
         with suppress(FileNotFoundError):  # another rank has done it
             os.replace(paths[0], paths[0] + ".torn")
-    differ = [f"--{key} was {saved.get(key)} and is {value}" for key, value in vars(args).items() if key not in MAY_DIFFER and saved.get(key) != value]
+    differ = [f"--{key} was {saved.get(key)} and is {value}" for key, value in vars(args).items()
+              if key not in MAY_DIFFER and saved.get(key) != value]
     if differ and not args.force:
         raise InputError(f"the checkpoint in {args.out} is of other settings: {', '.join(differ)}. Expected the same; --force goes on all the same.")
     return state
@@ -506,7 +517,8 @@ def restore(run, state, args):
     """Set a run to where a checkpoint stands."""
     shapes = {key[7:]: state.get_slice(key).get_shape() for key in state.keys() if key.startswith("weight/")}
     if shapes != {name: list(p.shape) for name, p in run.names.items()}:
-        raise InputError(f"the checkpoint in {args.out} has other weights than this student, or this critic, trains. Expected the same model, --lora_rank and --critic.")
+        raise InputError(f"the checkpoint in {args.out} has other weights than this student, or this critic, trains. "
+                         "Expected the same model, --lora_rank and --critic.")
     for name, p in run.names.items():
         with torch.no_grad():
             p.copy_(state.get_tensor(f"weight/{name}"))
@@ -529,7 +541,8 @@ def check_folder(args):
     elif not os.access(args.out, os.W_OK | os.X_OK):
         raise InputError(f"the folder --out {args.out} cannot be written to. Expected another.")
     elif not args.resume and os.listdir(args.out) and not os.path.exists(os.path.join(args.out, "log.jsonl")):
-        raise InputError(f"the folder --out {args.out} holds something else than a run. Expected an earlier run, which is moved aside, an empty folder, or none.")
+        raise InputError(f"the folder --out {args.out} holds something else than a run. "
+                         "Expected an earlier run, which is moved aside, an empty folder, or none.")
 
 
 def open_run(args, start):
@@ -616,12 +629,15 @@ def write_logs(logs, row, samples, tokenizer, args):
 
 def progress_line(row, done, seconds, args):
     """One step as one line: what a person watches. `done` is the run's share, `seconds` what is left of it."""
-    parts = [f"step {row['step'] + 1}" + ("" if args.max_tokens else f"/{args.steps}") + f" {int(100 * min(done, 1)):3d} %", f"loss {row['loss']:+.3f}"]
+    of = "" if args.max_tokens else f"/{args.steps}"
+    parts = [f"step {row['step'] + 1}{of} {int(100 * min(done, 1)):3d} %", f"loss {row['loss']:+.3f}"]
     if "reward" in row:
         parts += [f"{name} {row[name]:.2f}" for name in ("reward", "dead", "entropy", "truncated")]
     parts += [f"{name} {row[name]:.2g}" for name in ("gap", "kl", "critic_loss", "ess") if name in row and row[name] == row[name]]
-    parts += [f"length {row['length']:.0f}", f"grad {row['grad_norm']:.2f}", f"{row['tokens_per_s']:.0f} tok/s", f"ETA {seconds // 60:.0f}:{seconds % 60:02.0f}"]
-    return " | ".join(parts) + ("  every group is dead: equal rewards, nothing to learn from" if row.get("dead") == 1 and not row["grad_norm"] else "")
+    parts += [f"length {row['length']:.0f}", f"grad {row['grad_norm']:.2f}", f"{row['tokens_per_s']:.0f} tok/s"]
+    parts += [f"ETA {int(seconds) // 60}:{int(seconds) % 60:02d}"]
+    dead = row.get("dead") == 1 and not row["grad_norm"]
+    return " | ".join(parts) + "  every group is dead: equal rewards, nothing to learn from" * dead
 
 
 def draw_again(student, tokenizer, sample, args):
@@ -642,7 +658,8 @@ def warn(row, samples, trees, tokenizer, args):
         print("no reward in the first 50 steps, which is nearly always the prompt or the grader. Three completions:")
         for s in samples[:3]:
             text = evaluate.decode(tokenizer, s.completion_ids)
-            print(f"  {json.dumps(text[-300:])}\n  extracted {json.dumps(evaluate.extract_answer(text, strict=True))}, expected {json.dumps(trees[s.tree].answer)}")
+            found, expected = json.dumps(evaluate.extract_answer(text, strict=True)), json.dumps(trees[s.tree].answer)
+            print(f"  {json.dumps(text[-300:])}\n  extracted {found}, expected {expected}")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -712,7 +729,8 @@ def set_up(args, device):
 
 
 def score(model, tokenizer, problems, step, args, rank, world):
-    """Greedy completions of the held-out problems, shared among the ranks, into eval-STEP.jsonl; prints the accuracy. Once a step, however often resumed."""
+    """Greedy completions of the held-out problems, shared among the ranks, into eval-STEP.jsonl; prints the accuracy.
+    Once a step, however often the run is resumed there."""
     path = os.path.join(args.out, f"eval-{step}.jsonl")
     if gather(os.path.exists(path), world)[0]:
         return
@@ -799,11 +817,13 @@ def train(args):
         before = watched and draw_again(student, tokenizer, watched, args)
         lr_share = schedule(run.share(args) * args.steps + 1)
         torch.manual_seed(int(np.random.default_rng((args.seed, run.step, rank)).integers(2 ** 63)))  # of dropout
-        stats, grad_norm = update(run.models, run.optimizer, samples, scale, lr_share, args, rank, world, warm_up=args.critic and run.step < args.critic_warmup)
+        warm_up = args.critic and run.step < args.critic_warmup
+        stats, grad_norm = update(run.models, run.optimizer, samples, scale, lr_share, args, rank, world, warm_up)
         if watched and 0 < grad_norm < math.inf:
             seen = True
             if before == draw_again(student, tokenizer, watched, args):
-                print(f"step {run.step + 1} changed no log-prob of a completion drawn again: the update does not reach the sampler, or --lr {args.lr} is too small")
+                print(f"step {run.step + 1} changed no log-prob of a completion drawn again: the update does not reach the sampler, "
+                      f"or --lr {args.lr} is too small")
         clock.append(time.time())
         # 5. report
         parts = gather((samples, figures, generated, stats), world)
