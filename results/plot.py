@@ -31,7 +31,7 @@ TABLES = {  # rows of sweep.jsonl: their names in the paper, and colours that th
                 "actor_critic": ("actor-critic", "#009E73"), "mcts_reinforce": ("MCTS-driven REINFORCE", "#CC79A7"), "gkd": ("GKD", "#E69F00"),
                 "tree_opo_kl": ("Tree-OPO + KL", "#000000"), "off_policy": ("off-policy, teacher samples", "#888888")},
     "further": {"qp_soft": ("QP, soft", None), "mc": ("V by fresh rollouts", None), "loo": ("V without own reward", None), "teacher": ("V of the search", None),
-                "rloo": ("RLOO, questions", None), "treepo": ("TreePO", None), "treerl": ("TreeRL", None), "treerpo": ("TreeRPO", None),
+                "grpo_clipped": ("GRPO, two clipped epochs, KL", None), "rloo": ("RLOO, questions", None), "treepo": ("TreePO", None), "treerl": ("TreeRL", None), "treerpo": ("TreeRPO", None),
                 "ema": ("V by moving average", None), "shrink": ("V shrunk", None)},
 }
 LABELS = {row: label for table in TABLES.values() for row, (label, _) in table.items()}
@@ -166,6 +166,8 @@ def draw_dots(runs, path):
             axes.errorbar(score[name, row][0], place, xerr=score[name, row][1], fmt="o", markersize=5, color=colours[table], linewidth=1.4)
         untrained = [100 * run["evaluations"][0][1] for key, seeds in runs.items() if key[0] == name for run in seeds.values()]
         title += f"\n(untrained: {np.mean(untrained):.0f} %)" if untrained else ""
+        left, right = axes.get_xlim()
+        axes.set_xlim(max(left, -2), min(right, 102))
         tidy(axes, title=title, xlabel="final greedy accuracy, %\n(mean and 95 % interval over seeds)", ylim=(-0.7, len(rows) - 0.3),
              yticks=range(len(rows)), yticklabels=[LABELS.get(row, row) for row in rows])
     for table, colour in colours.items():
