@@ -28,7 +28,7 @@ from functools import partial
 from typing import NamedTuple
 
 from tree import (InputError, arguments, at_least, drop_torn_line, leave_on_signals, micro_batches, parse_traces, read_jsonl, read_problems, read_trees,
-                  run_command, sample_group, tokenize, write_jsonl)
+                  run_command, sample_group, shorten, tokenize, write_jsonl)
 
 if __name__ == "__main__":
     leave_on_signals()  # torch takes seconds to import; in the loop stop_on_signals replaces it
@@ -427,7 +427,10 @@ def gather(item, world):
     if world == 1:
         return [item]
     items = [None] * world
-    dist.all_gather_object(items, item)
+    try:
+        dist.all_gather_object(items, item)
+    except RuntimeError as error:  # its connection is closed
+        raise InputError(f"rank {dist.get_rank()} ends, for another rank has ended, whose error is the one to look at ({shorten(str(error), 120)}).") from None
     return items
 
 
