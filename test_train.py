@@ -934,5 +934,12 @@ def test_a_mistake_is_one_sentence_and_status_2(world, flags, says, monkeypatch,
     assert stop.value.code == 2 and says in said and "Traceback" not in said
 
 
+def test_a_resumed_run_may_be_told_to_evaluate(world, capsys):
+    """It ended with status 2 for want of the scores before, after all the work was done."""
+    here(world, "later", "--steps", 1, "--eval_every", 0)
+    here(world, "later", "--steps", 1, "--resume", "--eval_every", 1)
+    assert (world / "later" / "eval-1.jsonl").exists() and "before and after" not in capsys.readouterr().out
+
+
 if __name__ == "__main__":
     run_command(lambda: several(*sys.argv[1:]))

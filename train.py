@@ -713,11 +713,12 @@ def stop_on_signals():
     return stopped
 
 
-def finish(args, step, minutes, evaluated):
+def finish(args, step, minutes):
     """Say what came out: before against after on the same problems."""
     print(f"{step} steps done, {minutes:.1f} minutes since the start or the resume; the model is in {args.out}")
-    if evaluated:
-        before, after = (list(evaluate.read_scores(os.path.join(args.out, f"eval-{k}.jsonl")).values()) for k in (0, step))
+    paths = [os.path.join(args.out, f"eval-{k}.jsonl") for k in (0, step)]
+    if all(map(os.path.exists, paths)):  # a resumed run may have been told to evaluate only then
+        before, after = (list(evaluate.read_scores(path).values()) for path in paths)
         print(f"greedy accuracy before and after: {evaluate.compare(before, after)}")
 
 
@@ -784,7 +785,7 @@ def train(args):
                 save(models.student, tokenizer, optimizer, names, step, tokens, history, args)
                 saved = step
     if rank == 0 and not stop:
-        finish(args, step, (time.time() - begun) / 60, bool(problems))
+        finish(args, step, (time.time() - begun) / 60)
     elif rank == 0:
         if saved != step:
             save(models.student, tokenizer, optimizer, names, step, tokens, history, args)
