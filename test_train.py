@@ -585,7 +585,7 @@ def test_a_teacher_of_another_vocabulary_is_refused_before_any_work(world, capsy
     assert not (world / "never").exists()
 
 
-def test_sft_learns_the_searches_right_solutions(world, whole3):
+def test_sft_learns_the_searches_right_solutions(world):
     """MCTS-driven REINFORCE fine-tunes the teacher on its search's traces: what ended in a right answer, from the question down."""
     nodes = [dict(parent=-1, step="", visits=3, value=2.0, terminal=False, reward=None), dict(parent=0, step="1 + 2 = 3", visits=2, value=1.0, terminal=False, reward=None),
              dict(parent=1, step="The answer is 3.", visits=1, value=1.0, terminal=True, reward=1.0), dict(parent=1, step="The answer is 4.", visits=1, value=0.0, terminal=True, reward=0.0),
@@ -750,7 +750,7 @@ def test_a_full_disk_is_one_sentence(world, whole3, monkeypatch):
                 here(world, out, "--resume")
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1))
-        assert room == 500 or "The one before is intact" in str(error.value)
+        assert room == 500 or "What was saved before is intact" in str(error.value)
         assert (world / out / "checkpoint.safetensors").read_bytes() == before
         del error
         here(world, out, "--resume")
@@ -915,23 +915,47 @@ def test_where_a_run_cannot_be_put(world, monkeypatch):
 
 MISTAKES = [
     (["--trees", "nowhere.jsonl"], "there is no file nowhere.jsonl"), (["--lr", "-1"], "--lr"), (["--batch_size", "9"], "--batch_size"),
-    (["--alpha", "2"], "--alpha"), (["--model", "./nothing"], "no folder"), (["--resume", "--out", "empty"], "no checkpoint"),
-    (["--no_such_flag"], "unrecognized"), (["--baseline", "magic"], "invalid choice"), (["--max_prompt", "1"], "--max_prompt"),
+    (["--alpha", "2"], "--alpha"), (["--alpha", "-0.1"], "--alpha"), (["--resume", "--out", "empty"], "no checkpoint"), (["--batch_size", "0"], "--batch_size"),
+    (["--no_such_flag"], "unrecognized"), (["--baseline", "magic"], "invalid choice"), (["--group_size", "0"], "--group_size"),
     (["--mc_rollouts", "0"], "--mc_rollouts"), (["--distill_coef", "0.1"], "need --teacher"), (["--reward", "teacher"], "need --teacher"),
     (["--teacher", "policy"], "nothing asks for it"), (["--critic", "policy", "--reward", "none", "--teacher", "policy", "--distill_coef", "1"], "without rewards"),
     (["--critic", "policy", "--objective", "sft"], "without rewards"), (["--critic", "policy", "--baseline", "flat"], "Leave one out"),
     (["--group_size", "1"], "--group_size"), (["--kl_coef", "1", "--lora_rank", "0"], "--kl_coef"), (["--lr", "nan"], "--lr"), (["--lr", "0"], "--lr"),
-    (["--epochs", "2", "--behaviour", "teacher", "--teacher", "policy"], "--behaviour"), (["--temperature", "inf"], "--temperature")]
+    (["--epochs", "2", "--behaviour", "teacher", "--teacher", "policy"], "--behaviour"), (["--temperature", "inf"], "--temperature"),
+    (["--adapter", "policy", "--lora_rank", "0"], "--lora_rank 0"), (["--trees", "torn.jsonl"], "torn.jsonl, line 6: the line is no JSON"),
+    (["--trees", "test.jsonl"], "test.jsonl, line 1"), (["--eval_every", "1", "--eval_data", "nowhere.jsonl"], "there is no file nowhere.jsonl"),
+    (["--eval_every", "1", "--eval_data", "policy/config.json", "--skip_bad"], "holds no usable line"), (["--out", "test.jsonl"], "is no folder"),
+    (["--teacher", "nowhere/at/all", "--distill_coef", "1"], "nowhere/at/all"), (["--objective", "sft", "--trees", "trees.jsonl"], "trees.jsonl, line 1")]
+LATE_MISTAKES = [  # which only the model can tell
+    (["--model", "./nothing"], "no folder"), (["--max_prompt", "1"], "--max_prompt"), (["--adapter", "stranger_adapter"], "does not fit the model"),
+    (["--adapter", "policy"], "there is no adapter_config.json"), (["--critic", "nowhere/at/all"], "nowhere/at/all")]
 
 
-@pytest.mark.parametrize("flags, says", MISTAKES)
+@pytest.mark.parametrize("flags, says", MISTAKES + LATE_MISTAKES)
 def test_a_mistake_is_one_sentence_and_status_2(world, flags, says, monkeypatch, capsys):
+    """A traceback, or one after minutes in which a model was loaded; and no run folder is left that holds nothing."""
     monkeypatch.chdir(world)
+    (world / "torn.jsonl").write_text((world / "trees.jsonl").read_text() + '{"id": "q9", "ques')
+    if "stranger_adapter" in flags:
+        lora(tiny()[0]).save_pretrained("stranger_adapter")
+        config = json.loads((world / "stranger_adapter" / "adapter_config.json").read_text())
+        (world / "stranger_adapter" / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "some/stranger"}))
+    if (flags, says) in MISTAKES:
+        monkeypatch.setattr(evaluate.AutoModelForCausalLM, "from_pretrained", lambda *args, **how: pytest.fail("a model was loaded"))
     base = ["--model", "policy", "--trees", "trees.jsonl", "--eval_every", "0", "--steps", "1", "--out", "wrong"]
     with pytest.raises(SystemExit) as stop:
         run_command(lambda: train.train(train.parse_args(base + flags)))
     said = capsys.readouterr().err
-    assert stop.value.code == 2 and says in said and "Traceback" not in said
+    lines = [line for line in said.splitlines() if not line.startswith("skipped")]
+    assert stop.value.code == 2 and says in said and len(lines) == 1 and "Traceback" not in said and not os.path.exists("wrong")
+
+
+def test_bad_lines_are_skipped_on_demand(world, capsys):
+    """Each named on stderr, and the others are trained on."""
+    (world / "torn.jsonl").write_text((world / "trees.jsonl").read_text() + '{"id": "q9", "ques\n{"id": "q8"}\n')
+    here(world, "skipping", "--trees", world / "torn.jsonl", "--skip_bad", "--steps", 1)
+    said = capsys.readouterr()
+    assert "skipped 2 bad lines" in said.err and "line 6" in said.err and f"{len(QUESTIONS)} problems" in said.out
 
 
 def test_a_resumed_run_may_be_told_to_evaluate(world, capsys):

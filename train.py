@@ -146,7 +146,8 @@ def parse_args(argv=None):
             (args.reward == "none" and not args.distill_coef, "--reward none leaves nothing to learn from; expected a --distill_coef above 0."),
             (args.behaviour == "teacher" and (not compared or args.epochs > 1),
              "--behaviour teacher weighs whole completions by task rewards; --critic, other --reward and --epochs need the student's own."),
-            (args.kl_coef and not (args.lora_rank or args.adapter), "--kl_coef compares with the student without its adapter, and --lora_rank 0 leaves none.")):
+            (args.adapter and not args.lora_rank, "--adapter is trained as it is; --lora_rank 0, which trains every weight, is not for it."),
+            (args.kl_coef and not args.lora_rank, "--kl_coef compares with the student without its adapter, and --lora_rank 0 leaves none.")):
         if wrong:
             raise InputError(sentence)
     args.baseline = args.baseline or "expectation"
@@ -450,7 +451,7 @@ def save(model, tokenizer, optimizer, names, step, tokens, history, args):
         model.save_pretrained(aside)
         tokenizer.save_pretrained(aside)
     except (SafetensorError, OSError) as error:
-        raise InputError(f"the checkpoint of step {step} cannot be written to {args.out}: {error}. The one before is intact; make room and --resume.") from None
+        raise InputError(f"the checkpoint of step {step} cannot be written to {args.out}: {error}. What was saved before is intact; make room and --resume.") from None
     for name in os.listdir(aside):
         os.replace(os.path.join(aside, name), os.path.join(args.out, name))
     os.rmdir(aside)
