@@ -12,11 +12,13 @@ What differs from model.generate and from the usual graders:
     python evaluate.py --compare out/before.jsonl out/after.jsonl       # two scorings of the same problems, paired
 """
 import cmath
+import ctypes
 import json
 import math
 import operator
 import os
 import re
+import signal
 import sys
 import warnings
 from collections import Counter
@@ -61,6 +63,8 @@ def distributed():
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":  # else a torchrun that is killed leaves its ranks at work, beside those of the next
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     if world > 1 and not torch.distributed.is_initialized():
         # a rank that has finished waits as long as the others need; torchrun ends all where one dies
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=7))

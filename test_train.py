@@ -1,6 +1,7 @@
 """Tests of train.py: the sampler is the trainer, batches are cut in any way, runs are killed and resumed."""
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from peft import LoraConfig, PeftModel, get_peft_model
 
 import evaluate
@@ -335,15 +337,15 @@ def world(tmp_path_factory):
     with open(folder / "traces.jsonl", "w") as out:
         out.writelines(json.dumps(row) + "\n" for row in traces)
     # a policy that has learnt to answer with some digit, so that rewards are mixed
-    command(folder, "--objective", "sft", "--lora_rank", "0", "--lr", "1e-2", "--steps", "30", "--batch_size", "8", "--group_size", "1",
+    command(folder, "--model", folder / "model", "--objective", "sft", "--lora_rank", "0", "--lr", "1e-2", "--steps", "30", "--batch_size", "8", "--group_size", "1",
             "--trees", folder / "traces.jsonl", "--out", folder / "policy", "--eval_every", "0", "--save_every", "0")
     return folder
 
 
-def command(folder, *flags, ranks=1, check=True, background=False, model="model"):
-    launch = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--standalone"]
-    flags = [str(flag) for flag in (["--model", folder / model] + list(flags))]
-    process = subprocess.Popen(launch + [os.path.join(HERE, "train.py"), *flags], cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+def command(folder, *flags, ranks=1, check=True, background=False):
+    """python train.py FLAGS, or torchrun of `several` runs on more ranks."""
+    launch = ["train.py"] if ranks == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), __file__, str(folder)]
+    process = subprocess.Popen([sys.executable, *launch, *map(str, flags)], cwd=HERE, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
     if background:
         return process
@@ -352,10 +354,17 @@ def command(folder, *flags, ranks=1, check=True, background=False, model="model"
     return output
 
 
-def tree_opo(folder, out, *flags, **how):
-    base = ["--trees", folder / "trees.jsonl", "--eval_data", folder / "test.jsonl", "--out", folder / out, "--max_new_tokens", "12", "--eval_new_tokens", "12",
-            "--group_size", "4", "--batch_size", "8", "--lr", "3e-3", "--save_every", "3", "--rollouts_every", "1"]
-    return command(folder, *base, *flags, model="policy", **how)
+def short(world, out, *flags):
+    """Flags of a run of three steps of two groups, which `flags` override."""
+    at = lambda name: os.path.join(world, name)
+    return [str(flag) for flag in (
+        "--model", at("policy"), "--trees", at("trees.jsonl"), "--eval_data", at("test.jsonl"), "--out", at(out), "--max_new_tokens", 12, "--eval_new_tokens", 12,
+        "--group_size", 4, "--batch_size", 8, "--lr", 3e-3, "--steps", 3, "--save_every", 1, "--eval_every", 3, "--rollouts_every", 1, *flags)]
+
+
+def here(world, out, *flags):
+    """Such a run in this process."""
+    train.train(train.parse_args(short(world, out, *flags)))
 
 
 def adapter(folder):
@@ -368,35 +377,130 @@ def log(folder):
         return [json.loads(line) for line in lines]
 
 
-def test_killed_and_resumed_is_uninterrupted(world):
-    """kill -9 in the middle, then --resume: the same weights bit for bit, each step once in the log, and the figures of the
-    redone steps are those of the uninterrupted run. Guards against resumes that repeat or skip a batch or lose Adam's moments."""
-    tree_opo(world, "whole", "--steps", "20", "--eval_every", "0")
-    process = tree_opo(world, "cut", "--steps", "20", "--eval_every", "0", background=True)
-    for line in process.stdout:
-        if line.startswith(f"step {np.random.default_rng().integers(5, 18)}/") or line.startswith("step 18/"):
-            process.send_signal(signal.SIGKILL)
-            break
-    process.communicate()
-    tree_opo(world, "cut", "--steps", "20", "--eval_every", "0", "--resume")
-    whole, cut = adapter(world / "whole"), adapter(world / "cut")
-    assert all(torch.equal(whole[name], cut[name]) for name in whole)
-    assert max(value.abs().max() for name, value in whole.items() if "lora_B" in name) > 0
-    timeless = lambda rows: [{key: value for key, value in row.items() if not key.startswith(("seconds", "tokens_per", "peak"))} for row in rows]
-    assert timeless(log(world / "whole")) == timeless(log(world / "cut"))
-    assert any(row["dead"] < 1 for row in log(world / "whole"))
+class Killed(BaseException):
+    """Stands for kill -9 where a test wants it at one exact place: nothing catches it, and what is on disk is all that is left."""
 
 
-def test_two_ranks_do_what_one_does(world):
-    """The batch, its rewards, the loss and the gradient of two gloo ranks are those of one process."""
-    tree_opo(world, "one", "--steps", "4", "--eval_every", "4")
-    tree_opo(world, "two", "--steps", "4", "--eval_every", "4", ranks=2)
-    for a, b in zip(log(world / "one"), log(world / "two"), strict=True):
-        assert (a["reward"], a["dead"], a["tokens"]) == (b["reward"], b["dead"], b["tokens"])
-        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5) and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3, abs=1e-6)
-    one, two = adapter(world / "one"), adapter(world / "two")
-    assert all(torch.allclose(one[name], two[name], atol=1e-4) for name in one)
-    assert len(open(world / "two" / "eval-4.jsonl").readlines()) == len(QUESTIONS)
+def timeless(folder):
+    return [{key: value for key, value in row.items() if not key.startswith(("seconds", "tokens_per", "peak"))} for row in log(folder)]
+
+
+def same_run(a, b):
+    """Equal adapters, logs but for times, rollouts, scores; and nothing left aside."""
+    assert all(torch.equal(value, adapter(b)[name]) for name, value in adapter(a).items())
+    assert timeless(a) == timeless(b) and not [name for name in os.listdir(b) if "tmp" in name]
+    for name in [name for name in os.listdir(a) if name.startswith(("rollouts", "eval"))]:
+        assert (a / name).read_text() == (b / name).read_text(), name
+
+
+SLOW = bool(os.environ.get("TREE_OPO_SLOW"))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_killed_and_resumed_is_uninterrupted(world, pairs, ranks):
+    """kill -9 at random moments, of either rank and of torchrun too, then --resume: the weights bit for bit, each step once in the log with the
+    figures of the uninterrupted run. A resume that repeats or skips a batch, or loses Adam's moments; ranks that trained on without their torchrun.
+    20 moments with TREE_OPO_SLOW=1."""
+    rng, flags = np.random.default_rng(), UNEVEN["whole"]
+    run = lambda out, resume, **how: command(world, *(short(world, out, *flags.split(), *resume.split()) if ranks == 1 else (out, flags + resume)), ranks=ranks, **how)
+    for k in range(5 if SLOW else 1):
+        out, resume = world / f"cut{ranks}-{k}", ""
+        for moment in range(4 if SLOW else 1):
+            process = run(out, resume, background=True)
+            if rng.random() < 0.25 and SLOW:
+                time.sleep(rng.uniform(0.2, 6))  # while it starts
+            else:
+                step = 1 if rng.random() < 0.2 else 20 if rng.random() < 0.2 else rng.integers(1, 21)  # the first and the last more often
+                next((line for line in process.stdout if line.startswith("step ") and "/" in line and int(line[5:line.index("/")]) >= step), None)
+                time.sleep(rng.uniform(0, 0.2))
+            ours = [process.pid]
+            if ranks > 1 and process.poll() is None:
+                ours += map(int, open(f"/proc/{process.pid}/task/{process.pid}/children").read().split())
+            victim = ours[rng.integers(len(ours))]
+            try:
+                os.kill(victim, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+            process.communicate(timeout=60)
+            while any(os.path.exists(f"/proc/{pid}") for pid in ours[1:]):  # in no time, or the test hangs
+                time.sleep(0.01)
+            resume = " --resume" if (out / "checkpoint.safetensors").exists() or (out / "checkpoint.previous.safetensors").exists() else ""
+        run(out, resume)
+        same_run(world / f"whole{ranks}", out)
+        assert [row["step"] for row in log(out)] == list(range(20))
+    assert any(row["dead"] < 1 for row in log(out)) and max(value.abs().max() for name, value in adapter(out).items() if "lora_B" in name) > 0
+
+
+def several(world, *runs):
+    """Several runs in one process, or in one torchrun of this file, since processes are slow to start. runs: OUT and FLAGS in turn; the name of
+    OUT says what befalls the run."""
+    real = train.rollout, train.compare, evaluate.completion_logits, dist.destroy_process_group
+    dist.destroy_process_group = lambda: None
+
+    def half_dead(members, *others):  # all that rank 1 draws
+        for s in members:
+            s.reward *= 1 - members[0].group % 2
+        return real[1](members, *others)
+
+    for out, flags in zip(runs[::2], runs[1::2]):
+        how, _, who = out.rpartition("_")
+
+        def ending(*args, **others):
+            if args[4] == 1 and os.environ.get("RANK") == who:
+                if how == "kill":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                if how == "sentence":
+                    raise InputError("a sentence of one rank")
+                if how == "raise":
+                    raise ValueError("a sudden end")
+                os.kill(os.getppid() if how == "torchrun" else os.getpid(), signal.SIGTERM)
+                time.sleep(0.5)
+            return real[0](*args, **others)
+        train.rollout = ending if who.isdigit() else real[0]
+        train.compare = half_dead if "dead" in out else real[1]
+        evaluate.completion_logits = poisoned(1, lambda s: s.group == 1) if "spoilt" in out else real[2]
+        here(world, out, *flags.replace("MODEL", os.path.join(world, "policy")).split())
+    train.rollout, train.compare, evaluate.completion_logits, dist.destroy_process_group = real
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+UNEVEN = {"three": "--batch_size 12", "one": "--batch_size 4", "one_critic": "--batch_size 4 --critic MODEL --critic_warmup 1", "one_ema": "--batch_size 4 --baseline ema --epochs 2",
+          "one_teacher": "--batch_size 4 --reward teacher --teacher MODEL", "one_distilled": "--batch_size 4 --teacher MODEL --distill_coef 0.1",
+          "one_off_policy": "--batch_size 4 --behaviour teacher --teacher MODEL", "dead": "", "spoilt": "", "one_problem": "--eval_limit 1", "whole": "--steps 20 --eval_every 10 --save_every 3"}
+
+
+@pytest.fixture(scope="module")
+def pairs(world):
+    """These runs on one rank, NAME1, and on two, NAME2."""
+    runs = lambda ranks: [x for name, flags in UNEVEN.items() for x in (name + ranks, flags)]
+    several(str(world), *runs("1"))
+    command(world, *runs("2"), ranks=2)
+
+
+def test_two_ranks_do_what_one_does(world, pairs):
+    """The batch, its rewards, the loss and the gradient of two gloo ranks are those of one process. Three groups on two ranks, one group (the other
+    rank has nothing at all), all groups of one rank dead, or its loss not finite: nobody waits for ever, and nothing is another objective."""
+    for name in UNEVEN.keys() - {"whole"}:  # whose 20 steps drift apart in the last bits
+        one, two = world / (name + "1"), world / (name + "2")
+        for a, b in zip(timeless(one), timeless(two), strict=True):
+            assert a.keys() == b.keys() and (a["reward"], a["dead"], a["tokens"]) == (b["reward"], b["dead"], b["tokens"])
+            assert all(a[key] == b[key] or name == "spoilt" and "gap" in key or a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-5) for key in a), (name, a, b)
+        assert all(torch.allclose(value, adapter(two)[key], atol=1e-4) and value.isfinite().all() for key, value in adapter(one).items()), name
+        assert (one / "eval-3.jsonl").read_text().count("\n") == (two / "eval-3.jsonl").read_text().count("\n")
+    assert log(world / "spoilt2")[0]["loss"] is None and log(world / "dead2")[0]["dead"] >= 0.5
+    assert not (world / "spoilt2" / "nonfinite-0.jsonl").read_text() and {json.loads(line)["group"] for line in open(world / "spoilt2" / "nonfinite-1.jsonl")} == {1}
+
+
+@pytest.mark.parametrize("how", ["raise_1"] + ["raise_0", "kill_0", "kill_1", "sentence_0", "sentence_1", "term_0", "term_1", "torchrun_0"] * SLOW)
+def test_a_rank_that_ends_takes_the_others_along(world, how):
+    """Within a minute, with its own error shown, not a time-out's. A SIGTERM of one rank, or of torchrun, is a step finished and saved by all."""
+    begun = time.time()
+    said = command(world, how, "--steps 9 --save_every 0 --eval_every 0", ranks=2, check=False)
+    assert time.time() - begun < 60 and {"raise": "ValueError: a sudden end", "kill": "Signal 9 (SIGKILL)", "sentence": "a sentence of one rank"}.get(how[:-2], "saved") in said
+    assert "Traceback" not in said.replace("Traceback (most recent call last):\n  File \"<frozen runpy>", "") or how[:-2] == "raise"
+    if how[:-2] in ("term", "torchrun"):
+        assert len(log(world / how)) == 2 and (world / how / "checkpoint.safetensors").exists()
 
 
 def test_adapter_loads_both_ways_and_every_baseline_runs(world):
@@ -495,36 +599,15 @@ def test_sft_learns_the_searches_right_solutions(world):
 # ---------------------------------------------------------------------------------------------------
 # Killed, stopped, out of space, out of numbers, out of memory
 
-class Killed(BaseException):
-    """Stands for kill -9 where a test wants it at one exact place: nothing catches it, and what is on disk is all that is left."""
+@pytest.fixture(scope="module")
+def whole3(world):
+    """Three steps, uninterrupted."""
+    here(world, "whole3")
 
 
-def here(world, out, *flags):
-    """A run in this process, three steps of two groups."""
-    short = ["--model", world / "policy", "--trees", world / "trees.jsonl", "--eval_data", world / "test.jsonl", "--out", world / out, "--max_new_tokens", 12,
-             "--eval_new_tokens", 12, "--group_size", 4, "--batch_size", 8, "--lr", 3e-3, "--steps", 3, "--save_every", 1, "--eval_every", 3, "--rollouts_every", 1]
-    train.train(train.parse_args([str(flag) for flag in (*short, *flags)]))
-
-
-def timeless(folder):
-    return [{key: value for key, value in row.items() if not key.startswith(("seconds", "tokens_per", "peak"))} for row in log(folder)]
-
-
-def same_run(a, b):
-    """Equal adapters, logs but for times, rollouts, scores; and nothing left aside."""
-    assert all(torch.equal(value, adapter(b)[name]) for name, value in adapter(a).items())
-    assert timeless(a) == timeless(b) and not [name for name in os.listdir(b) if "tmp" in name]
-    for name in [name for name in os.listdir(a) if name.startswith(("rollouts", "eval"))]:
-        assert (a / name).read_text() == (b / name).read_text(), name
-
-
-SLOW = bool(os.environ.get("TREE_OPO_SLOW"))
-
-
-def test_killed_between_any_two_renames(world, monkeypatch, capsys):
+def test_killed_between_any_two_renames(world, whole3, monkeypatch, capsys):
     """A kill between the checkpoint's two renames, or between the checkpoint and the adapter (of the last step, so that the resumed run
     thought that it had finished and left an old adapter), or before the last scores: the same files as uninterrupted. All places with TREE_OPO_SLOW=1."""
-    here(world, "whole3")
     replace, count = os.replace, 0
 
     def counted(*paths):
@@ -551,10 +634,8 @@ def test_killed_between_any_two_renames(world, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("place", ["save_file", "save_pretrained", "score", "write_logs"])
-def test_killed_inside_what_is_slow(world, monkeypatch, place):
+def test_killed_inside_what_is_slow(world, whole3, monkeypatch, place):
     """A kill in the middle of a file of weights, of save_pretrained, of an evaluation, or between log and checkpoint: torn files are never read."""
-    if not (world / "whole3").exists():
-        here(world, "whole3")
     owner = {"save_pretrained": PeftModel, "score": evaluate}.get(place, train)
     real, count = getattr(owner, place), 0
 
@@ -580,10 +661,8 @@ def test_killed_inside_what_is_slow(world, monkeypatch, place):
     same_run(world / "whole3", world / ("in_" + place))
 
 
-def test_a_torn_checkpoint_gives_way_to_the_one_before(world, capsys):
+def test_a_torn_checkpoint_gives_way_to_the_one_before(world, whole3, capsys):
     """Cut short by a disk that lost its last pages: a traceback of safetensors. Now one line and the previous one; with both torn, one sentence."""
-    if not (world / "whole3").exists():
-        here(world, "whole3")
     here(world, "torn")
     path = world / "torn" / "checkpoint.safetensors"
     for size in (1000, 100, 0):
@@ -598,10 +677,8 @@ def test_a_torn_checkpoint_gives_way_to_the_one_before(world, capsys):
 
 
 @pytest.mark.parametrize("place", ["evaluation before", "first step", "evaluation", "last evaluation"])
-def test_stopped_anywhere_it_saves(world, monkeypatch, capsys, place):
+def test_stopped_anywhere_it_saves(world, whole3, monkeypatch, capsys, place):
     """SIGTERM during an evaluation ended the run with "step 2 is saved" when it was not; before the first step, with a checkpoint that could not be read."""
-    if not (world / "whole3").exists():
-        here(world, "whole3")
     name, count = ("rollout" if place == "first step" else "score"), 0
     owner = train if name == "rollout" else evaluate
     real = getattr(owner, name)
@@ -626,7 +703,7 @@ def test_stopped_anywhere_it_saves(world, monkeypatch, capsys, place):
 
 def test_interrupted_while_torch_is_imported(world):
     """Ctrl-C in the first seconds was a traceback out of some library."""
-    process = tree_opo(world, "early", background=True)
+    process = command(world, *short(world, "early"), background=True)
     deadline = time.time() + 30
     while "libtorch" not in open(f"/proc/{process.pid}/maps").read() and time.time() < deadline:
         time.sleep(0.01)
@@ -648,14 +725,36 @@ def test_told_to_stop_it_evaluates_no_more(world, monkeypatch):
     assert sorted(name for name in os.listdir(world / "impatient") if name.startswith("eval")) == ["eval-0.jsonl"]
 
 
-def test_a_finished_run_is_resumed_without_work(world, capsys):
+def test_a_finished_run_is_resumed_without_work(world, whole3, capsys):
     """Status 0 and the same files, to the byte: a finished run in a script that resumes whatever is there."""
-    if not (world / "whole3").exists():
-        here(world, "whole3")
     before = {name: (world / "whole3" / name).read_bytes() for name in os.listdir(world / "whole3")}
     here(world, "whole3", "--resume")
     assert before == {name: (world / "whole3" / name).read_bytes() for name in os.listdir(world / "whole3")}
     assert "3 steps done" in capsys.readouterr().out
+
+
+def test_a_full_disk_is_one_sentence(world, whole3, monkeypatch):
+    """And the checkpoint before is as it was: whether the weights, the adapter or the log is what does not fit."""
+    for room in (100_000, 10_000, 500):
+        out = f"full{room}"
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "save", lambda *args, real=train.save: real(*args) if args[4] == 1 else exec("raise Killed"))
+            with pytest.raises(Killed):
+                here(world, out)
+        before = (world / out / "checkpoint.safetensors").read_bytes()
+        try:
+            patch = monkeypatch.context()
+            with patch as limited, pytest.raises((InputError, OSError)) as error:
+                real = train.rollout  # a disk that fills up while it runs
+                limited.setattr(train, "rollout", lambda *args, **how: resource.setrlimit(resource.RLIMIT_FSIZE, (room, -1)) or real(*args, **how))
+                here(world, out, "--resume")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1))
+        assert room == 500 or "What was saved before is intact" in str(error.value)
+        assert (world / out / "checkpoint.safetensors").read_bytes() == before
+        del error
+        here(world, out, "--resume")
+        same_run(world / "whole3", world / out)
 
 
 STATES = {"ema": "--baseline ema", "mc": "--baseline mc --mc_rollouts 2", "critic": "--critic MODEL --critic_warmup 1", "teacher": "--reward teacher --teacher MODEL",
@@ -806,30 +905,65 @@ def test_where_a_run_cannot_be_put(world, monkeypatch):
         with pytest.raises((InputError, OSError), match=says):
             here(world, out)
     monkeypatch.setattr(os, "access", lambda path, mode: False)
-    (world / "empty").mkdir()
+    (world / "void").mkdir()
     with pytest.raises(InputError, match="cannot be written"):
-        here(world, "empty")
+        here(world, "void")
     monkeypatch.undo()
-    here(world, "empty", "--steps", 1, "--eval_every", 0)
-    assert (world / "file").read_text() == (world / "things" / "mine.txt").read_text() == "mine" and (world / "empty" / "log.jsonl").exists()
+    here(world, "void", "--steps", 1, "--eval_every", 0)
+    assert (world / "file").read_text() == (world / "things" / "mine.txt").read_text() == "mine" and (world / "void" / "log.jsonl").exists()
 
 
 MISTAKES = [
     (["--trees", "nowhere.jsonl"], "there is no file nowhere.jsonl"), (["--lr", "-1"], "--lr"), (["--batch_size", "9"], "--batch_size"),
-    (["--alpha", "2"], "--alpha"), (["--model", "./nothing"], "no folder"), (["--resume", "--out", "unheard_of"], "no checkpoint"),
-    (["--no_such_flag"], "unrecognized"), (["--baseline", "magic"], "invalid choice"), (["--max_prompt", "1"], "--max_prompt"),
+    (["--alpha", "2"], "--alpha"), (["--alpha", "-0.1"], "--alpha"), (["--resume", "--out", "unheard_of"], "no checkpoint"), (["--batch_size", "0"], "--batch_size"),
+    (["--no_such_flag"], "unrecognized"), (["--baseline", "magic"], "invalid choice"), (["--group_size", "0"], "--group_size"),
     (["--mc_rollouts", "0"], "--mc_rollouts"), (["--distill_coef", "0.1"], "need --teacher"), (["--reward", "teacher"], "need --teacher"),
     (["--teacher", "policy"], "nothing asks for it"), (["--critic", "policy", "--reward", "none", "--teacher", "policy", "--distill_coef", "1"], "without rewards"),
     (["--critic", "policy", "--objective", "sft"], "without rewards"), (["--critic", "policy", "--baseline", "flat"], "Leave one out"),
     (["--group_size", "1"], "--group_size"), (["--kl_coef", "1", "--lora_rank", "0"], "--kl_coef"), (["--lr", "nan"], "--lr"), (["--lr", "0"], "--lr"),
-    (["--epochs", "2", "--behaviour", "teacher", "--teacher", "policy"], "--behaviour"), (["--temperature", "inf"], "--temperature")]
+    (["--epochs", "2", "--behaviour", "teacher", "--teacher", "policy"], "--behaviour"), (["--temperature", "inf"], "--temperature"),
+    (["--adapter", "policy", "--lora_rank", "0"], "--lora_rank 0"), (["--trees", "torn.jsonl"], "torn.jsonl, line 6: the line is no JSON"),
+    (["--trees", "test.jsonl"], "test.jsonl, line 1"), (["--eval_every", "1", "--eval_data", "nowhere.jsonl"], "there is no file nowhere.jsonl"),
+    (["--eval_every", "1", "--eval_data", "policy/config.json", "--skip_bad"], "holds no usable line"), (["--out", "test.jsonl"], "is no folder"),
+    (["--teacher", "nowhere/at/all", "--distill_coef", "1"], "nowhere/at/all"), (["--objective", "sft", "--trees", "trees.jsonl"], "trees.jsonl, line 1")]
+LATE_MISTAKES = [  # which only the model can tell
+    (["--model", "./nothing"], "no folder"), (["--max_prompt", "1"], "--max_prompt"), (["--adapter", "stranger_adapter"], "does not fit the model"),
+    (["--adapter", "policy"], "there is no adapter_config.json"), (["--critic", "nowhere/at/all"], "nowhere/at/all")]
 
 
-@pytest.mark.parametrize("flags, says", MISTAKES)
+@pytest.mark.parametrize("flags, says", MISTAKES + LATE_MISTAKES)
 def test_a_mistake_is_one_sentence_and_status_2(world, flags, says, monkeypatch, capsys):
+    """A traceback, or one after minutes in which a model was loaded; and no run folder is left that holds nothing."""
     monkeypatch.chdir(world)
+    (world / "torn.jsonl").write_text((world / "trees.jsonl").read_text() + '{"id": "q9", "ques')
+    if "stranger_adapter" in flags:
+        lora(tiny()[0]).save_pretrained("stranger_adapter")
+        config = json.loads((world / "stranger_adapter" / "adapter_config.json").read_text())
+        (world / "stranger_adapter" / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "some/stranger"}))
+    if (flags, says) in MISTAKES:
+        monkeypatch.setattr(evaluate.AutoModelForCausalLM, "from_pretrained", lambda *args, **how: pytest.fail("a model was loaded"))
     base = ["--model", "policy", "--trees", "trees.jsonl", "--eval_every", "0", "--steps", "1", "--out", "wrong"]
     with pytest.raises(SystemExit) as stop:
         run_command(lambda: train.train(train.parse_args(base + flags)))
     said = capsys.readouterr().err
-    assert stop.value.code == 2 and says in said and "Traceback" not in said
+    lines = [line for line in said.splitlines() if not line.startswith("skipped")]
+    assert stop.value.code == 2 and says in said and len(lines) == 1 and "Traceback" not in said and not os.path.exists("wrong")
+
+
+def test_bad_lines_are_skipped_on_demand(world, capsys):
+    """Each named on stderr, and the others are trained on."""
+    (world / "torn.jsonl").write_text((world / "trees.jsonl").read_text() + '{"id": "q9", "ques\n{"id": "q8"}\n')
+    here(world, "skipping", "--trees", world / "torn.jsonl", "--skip_bad", "--steps", 1)
+    said = capsys.readouterr()
+    assert "skipped 2 bad lines" in said.err and "line 6" in said.err and f"{len(QUESTIONS)} problems" in said.out
+
+
+def test_a_resumed_run_may_be_told_to_evaluate(world, capsys):
+    """It ended with status 2 for want of the scores before, after all the work was done."""
+    here(world, "later", "--steps", 1, "--eval_every", 0)
+    here(world, "later", "--steps", 1, "--resume", "--eval_every", 1)
+    assert (world / "later" / "eval-1.jsonl").exists() and "before and after" not in capsys.readouterr().out
+
+
+if __name__ == "__main__":
+    run_command(lambda: several(*sys.argv[1:]))

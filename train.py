@@ -28,7 +28,7 @@ from functools import partial
 from typing import NamedTuple
 
 from tree import (InputError, arguments, at_least, drop_torn_line, leave_on_signals, micro_batches, parse_traces, read_jsonl,
-                  read_problems, read_trees, run_command, sample_group, tokenize, write_jsonl)
+                  read_problems, read_trees, run_command, sample_group, shorten, tokenize, write_jsonl)
 
 if __name__ == "__main__":
     leave_on_signals()  # torch takes seconds to import; in the loop stop_on_signals replaces it
@@ -153,7 +153,9 @@ def parse_args(argv=None):
              "--reward none leaves nothing to learn from; expected a --distill_coef above 0."),
             (args.behaviour == "teacher" and (not compared or args.epochs > 1 or args.baseline in ("ema", "mc")),
              "--behaviour teacher weighs its completions by task rewards; --critic, other --reward, --epochs, ema and mc need the student's."),
-            (args.kl_coef and not (args.lora_rank or args.adapter),
+            (args.adapter and not args.lora_rank,
+             "--adapter is trained as it is; --lora_rank 0, which trains every weight, is not for it."),
+            (args.kl_coef and not args.lora_rank,
              "--kl_coef compares with the student without its adapter, and --lora_rank 0 leaves none.")):
         if wrong:
             raise InputError(sentence)
@@ -444,7 +446,11 @@ def gather(item, world):
     if world == 1:
         return [item]
     items = [None] * world
-    dist.all_gather_object(items, item)
+    try:
+        dist.all_gather_object(items, item)
+    except RuntimeError as error:  # its connection is closed
+        raise InputError(f"rank {dist.get_rank()} ends, for another rank has ended, whose error is the one to look at "
+                         f"({shorten(str(error), 120)}).") from None
     return items
 
 
@@ -480,7 +486,7 @@ def save(run, args):
         run.models.student.save_pretrained(aside)
         run.tokenizer.save_pretrained(aside)
     except (SafetensorError, OSError) as error:
-        raise InputError(f"the checkpoint of step {run.step} cannot be written to {args.out}: {error}. The one before is intact; "
+        raise InputError(f"the checkpoint of step {run.step} cannot be written to {args.out}: {error}. What was saved before is intact; "
                          "make room and --resume.") from None
     for name in os.listdir(aside):
         os.replace(os.path.join(aside, name), os.path.join(args.out, name))
@@ -777,11 +783,12 @@ def stop_on_signals():
     return stopped
 
 
-def finish(args, step, minutes, evaluated):
+def finish(args, step, minutes):
     """Say what came out: before against after on the same problems."""
     print(f"{step} steps done, {minutes:.1f} minutes since the start or the resume; the model is in {args.out}")
-    if evaluated:
-        before, after = (list(evaluate.read_scores(os.path.join(args.out, f"eval-{k}.jsonl")).values()) for k in (0, step))
+    paths = [os.path.join(args.out, f"eval-{k}.jsonl") for k in (0, step)]
+    if all(map(os.path.exists, paths)):  # a resumed run may have been told to evaluate only then
+        before, after = (list(evaluate.read_scores(path).values()) for path in paths)
         print(f"greedy accuracy before and after: {evaluate.compare(before, after)}")
 
 
@@ -843,7 +850,7 @@ def train(args):
         save(run, args)
         print(f"stopped after step {run.step}, which is saved; the same command with --resume goes on", flush=True)
     elif rank == 0:
-        finish(args, run.step, (time.time() - begun) / 60, bool(problems))
+        finish(args, run.step, (time.time() - begun) / 60)
     if world > 1:
         dist.destroy_process_group()
     if stop:
