@@ -243,7 +243,7 @@ def test_reinforce_with_the_teachers_reward_descends_the_reverse_kl():
 def test_weighted_completions_of_the_teacher_give_the_students_gradient():
     """Sec. 3.1 by enumeration: E under the teacher of w A grad log pi is E under the student of A grad log pi. A weight is clipped at
     --weight_clip, and differentiated once."""
-    (model, tokenizer), (teacher, _) = tiny(), tiny(seed=5)
+    (model, _), (teacher, _) = tiny(), tiny(seed=5)
     prefix, rng = [5, 6, 7], np.random.default_rng(0)
     p, q = (torch.distributions.Categorical(logits=next_logits(m, prefix)) for m in (model, teacher))
     tokens = range(model.config.vocab_size)

@@ -166,7 +166,7 @@ def parse_args(argv=None):
 
 
 # ---------------------------------------------------------------------------------------------------
-# Roll out: groups of prefixes, completions, rewards, advantages
+# Records
 
 @dataclass
 class Sample:
@@ -185,6 +185,39 @@ class Sample:
     steps: list = None         # where the completion's reasoning steps begin, if they are credited one by one
     targets: list = None       # what the critic should have said before each
 
+
+class Models(NamedTuple):
+    """Who takes part. Only the student, and the critic where there is one, learn."""
+    student: object
+    teacher: object = None
+    critic: object = None
+
+
+class Scale(NamedTuple):
+    """1 / (samples, completion tokens, reasoning steps) of the whole step over all ranks: micro-batches and ranks never change the objective."""
+    sample: float
+    token: float = 0.0
+    state: float = 0.0
+
+
+@dataclass
+class Run:
+    """Where a run stands: what a checkpoint keeps."""
+    models: Models
+    tokenizer: object
+    optimizer: object
+    names: dict      # name -> weight that learns: the student's, then the critic's
+    history: list    # per tree (P,): a running mean of the student's rewards at each prefix, nan where it has not been
+    step: int = 0    # steps done
+    tokens: int = 0  # generated so far
+
+    def share(self, args):
+        """How much of the run is done, from 0 to 1 and, with --max_tokens, a little over."""
+        return self.tokens / args.max_tokens if args.max_tokens else self.step / args.steps
+
+
+# ---------------------------------------------------------------------------------------------------
+# Roll out: groups of prefixes, completions, rewards, advantages
 
 def shuffled(place, count, seed):
     """Which of `count` items comes at `place` in endless passes over them, each pass in an order of its own."""
@@ -288,22 +321,30 @@ def sft_batch(traces, step, args, rank=0, world=1):
     return samples
 
 
+def make_batch(run, data, args, rank, world):
+    """This rank's samples of one step, credited: (samples, figures of groups, generated tokens, Scale)."""
+    models, tokenizer = run.models, run.tokenizer
+    if args.objective == "sft":
+        samples, figures = sft_batch(data, run.step, args, rank, world), []
+        generated = sum(len(s.completion_ids) for s in samples)
+    else:
+        policy = models.teacher if args.behaviour == "teacher" else models.student
+        samples, figures, generated = rollout(policy, tokenizer, data, run.history, run.step, args, rank, world)
+        if args.critic or args.reward == "teacher":
+            credit_steps(samples, models, tokenizer, args)
+        elif args.reward == "none":
+            for s in samples:
+                s.advantage = 0.0
+        if args.critic or args.reward != "task":  # what Figure 4 plots is of advantages that were not used
+            figures = [{key: f[key] for key in ("reward", "dead")} for f in figures]
+    counts = gather((sum(len(s.completion_ids) for s in samples), sum(len(s.steps or ()) for s in samples)), world)
+    tokens, states = map(sum, zip(*counts))
+    # policy gradient: sum over tokens, mean over samples; cross entropy: mean over tokens
+    return samples, figures, generated, Scale(1 / (tokens if args.objective == "sft" else args.batch_size), 1 / tokens, 1 / max(states, 1))
+
+
 # ---------------------------------------------------------------------------------------------------
-# Update
-
-class Models(NamedTuple):
-    """Who takes part. Only the student, and the critic where there is one, learn."""
-    student: object
-    teacher: object = None
-    critic: object = None
-
-
-class Scale(NamedTuple):
-    """1 / (samples, completion tokens, reasoning steps) of the whole step over all ranks: micro-batches and ranks never change the objective."""
-    sample: float
-    token: float = 0.0
-    state: float = 0.0
-
+# Update: the loss, its gradient over micro-batches and ranks
 
 def cut(samples, models, args):
     """The samples in micro-batches of packed rows; of padded ones where one of the models takes no tree masks."""
@@ -455,23 +496,183 @@ def gather(item, world):
 
 
 # ---------------------------------------------------------------------------------------------------
+# The loop
+
+def train(args):
+    """The run: set up, then evaluate now and then, roll out, update, report, save."""
+    # 1. set up
+    rank, world, device = evaluate.distributed()
+    if rank == 0:
+        check_folder(args)
+    run, data, problems = set_up(args, device)
+    student, tokenizer = run.models.student, run.tokenizer
+    schedule = get_cosine_schedule_with_warmup(run.optimizer, max(1, round(0.03 * args.steps)), args.steps + 1).lr_lambdas[0]
+    if rank == 0:
+        logs = open_run(args, run.step)
+        trainable = sum(p.numel() for p in student.parameters() if p.requires_grad)
+        print(f"{trainable:,} trainable of {sum(p.numel() for p in student.parameters()):,} weights on {world} x {device.type}, "
+              f"{len(data)} problems, {args.group} groups -> {args.out}")
+    signals, seen, begun, first = stop_on_signals(), False, time.time(), run.share(args)
+    while True:
+        # 2. evaluate: before, after, and now and then; no more once told to stop, which may happen in the middle of it
+        stop, done = any(gather(bool(signals), world)), run.share(args) >= 1
+        if problems and not stop and (done or run.step % args.eval_every == 0):
+            score(student, tokenizer, problems, run.step, args, rank, world)
+            stop = any(gather(bool(signals), world))
+        if stop or done:
+            break
+        # 3. roll out
+        clock = [time.time()]
+        samples, figures, generated, scale = make_batch(run, data, args, rank, world)
+        clock.append(time.time())
+        # 4. update; the first one must show in a completion that is drawn again
+        watched = samples[0] if samples and figures and not seen and args.behaviour == "student" else None
+        before = watched and draw_again(student, tokenizer, watched, args)
+        lr_share = schedule(run.share(args) * args.steps + 1)
+        torch.manual_seed(int(np.random.default_rng((args.seed, run.step, rank)).integers(2 ** 63)))  # of dropout
+        warm_up = args.critic and run.step < args.critic_warmup
+        stats, grad_norm = update(run.models, run.optimizer, samples, scale, lr_share, args, rank, world, warm_up)
+        if watched and 0 < grad_norm < math.inf:
+            seen = True
+            if before == draw_again(student, tokenizer, watched, args):
+                print(f"step {run.step + 1} changed no log-prob of a completion drawn again: the update does not reach the sampler, "
+                      f"or --lr {args.lr} is too small")
+        clock.append(time.time())
+        # 5. report
+        parts = gather((samples, figures, generated, stats), world)
+        row = report(run.step, parts, clock, run.tokens, args) | dict(lr=args.lr * lr_share, grad_norm=grad_norm)
+        samples = sorted((s for part in parts for s in part[0]), key=lambda s: s.group)  # of all ranks
+        remember(samples, run.history, args)
+        run.step, run.tokens = run.step + 1, row["tokens"]
+        if rank == 0:
+            left = (time.time() - begun) * max(0, 1 - run.share(args)) / (run.share(args) - first)
+            print(progress_line(row, run.share(args), left, args), flush=True)
+            write_logs(logs, row, samples, tokenizer, args)
+            warn(row, samples, data, tokenizer, args)
+            # 6. save
+            if run.share(args) >= 1 or args.save_every and run.step % args.save_every == 0:
+                save(run, args)
+    if rank == 0 and stop:
+        save(run, args)
+        print(f"stopped after step {run.step}, which is saved; the same command with --resume goes on", flush=True)
+    elif rank == 0:
+        finish(args, run.step, (time.time() - begun) / 60)
+    if world > 1:
+        dist.destroy_process_group()
+    if stop:
+        sys.exit(128 + (signals or [signal.SIGTERM])[0])
+
+
+# ---------------------------------------------------------------------------------------------------
+# Set up. From here on it is housekeeping: data, models, checkpoints, logs.
+
+def load_data(args):
+    """Training data, trees or (question, steps) of solutions, and held-out problems. Before the models, since their errors are cheap."""
+    problems = read_problems(args.eval_data, args.eval_limit, args.skip_bad) if args.eval_every else []
+    if args.objective == "tree_opo":
+        return read_trees(args.trees, args.skip_bad), problems
+    solutions = [solution for solutions in read_jsonl(args.trees, parse_traces, args.skip_bad) for solution in solutions]
+    if not solutions:
+        raise InputError(f"no solution in {args.trees} came to a right answer; there is nothing to learn by heart.")
+    return solutions, problems
+
+
+def encode_data(data, tokenizer, args):
+    """Trees with their ids, prefixes that are too long left out; solutions as (ids of the prompt, ids of the completion)."""
+    encode = partial(evaluate.encode, tokenizer)
+    if args.objective == "tree_opo":
+        trees, dropped = tokenize(data, encode, args.max_prompt)
+        if not trees:
+            raise InputError(f"no prefix of {args.trees} has at most {args.max_prompt} tokens; raise --max_prompt.")
+        if dropped:
+            print(f"dropped {dropped} prefixes of more than {args.max_prompt} tokens; {sum(len(t.steps) for t in trees)} are left")
+        return trees
+    pairs = []
+    for question, steps in data:
+        prompt, *ids = encode(question, steps[:-1])
+        last = tokenizer(steps[-1], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+        pairs.append((prompt, [token for step in ids + [last] for token in step]))
+    return pairs
+
+
+def load_models(args, device):
+    """(Models, the student's tokenizer). The student is what learns: an adapter on it, or with --lora_rank 0 all of its weights."""
+    if args.teacher:
+        evaluate.check_vocabulary(args.teacher, args.model, args.trust_remote_code)
+    torch.manual_seed(args.seed)  # the fresh adapter's A, the critic's head
+    load = partial(evaluate.load, device=device, trust_remote_code=args.trust_remote_code)
+    student, tokenizer = load(args.model, args.adapter, trainable=True)
+    if args.lora_rank == 0:
+        student = student.float().requires_grad_(True)
+    elif not args.adapter:
+        student = get_peft_model(student, LoraConfig(r=args.lora_rank, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout,
+                                                     target_modules="all-linear", task_type="CAUSAL_LM"))
+    teacher = load(args.teacher, args.teacher_adapter)[0].requires_grad_(False) if args.teacher else None
+    return Models(student, teacher, evaluate.load_critic(args.critic, device) if args.critic else None), tokenizer
+
+
+def set_up(args, device):
+    """(Run, training data, held-out problems), from scratch or where the checkpoint stands."""
+    checkpoint = find_checkpoint(args) if args.resume else None
+    data, problems = load_data(args)
+    models, tokenizer = load_models(args, device)
+    data, problems = encode_data(data, tokenizer, args), evaluate.fitting(models.student, tokenizer, problems, args.skip_bad) if problems else []
+    names = {name: p for name, p in models.student.named_parameters() if p.requires_grad}
+    groups = [dict(params=list(names.values()), peak_lr=args.lr)]
+    if models.critic:
+        groups.append(dict(params=list(models.critic.parameters()), peak_lr=args.critic_lr))
+        names |= {f"critic.{name}": p for name, p in models.critic.named_parameters()}
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95 if args.objective == "sft" else 0.999), weight_decay=0.0)
+    run = Run(models, tokenizer, optimizer, names, [np.full(len(tree.parent), np.nan) for tree in data] if args.objective == "tree_opo" else [])
+    if checkpoint:
+        restore(run, checkpoint, args)
+    return run, data, problems
+
+
+def score(model, tokenizer, problems, step, args, rank, world):
+    """Greedy completions of the held-out problems, shared among the ranks, into eval-STEP.jsonl; prints the accuracy.
+    Once a step, however often the run is resumed there."""
+    path = os.path.join(args.out, f"eval-{step}.jsonl")
+    if gather(os.path.exists(path), world)[0]:
+        return
+    parts = gather(evaluate.score(model, tokenizer, problems[rank::world], args.eval_new_tokens), world)
+    if rank == 0:
+        rows = [row for part in parts for row in part]
+        write_jsonl(rows, path)
+        accuracy, (low, high) = evaluate.summarise(rows)["greedy"]
+        print(f"step {step}: greedy accuracy {100 * accuracy:.1f} % on {len(rows)} held-out problems, "
+              f"95 % [{100 * low:.1f}, {100 * high:.1f}]", flush=True)
+
+
+def finish(args, step, minutes):
+    """Say what came out: before against after on the same problems."""
+    print(f"{step} steps done, {minutes:.1f} minutes since the start or the resume; the model is in {args.out}")
+    paths = [os.path.join(args.out, f"eval-{k}.jsonl") for k in (0, step)]
+    if all(map(os.path.exists, paths)):  # a resumed run may have been told to evaluate only then
+        before, after = (list(evaluate.read_scores(path).values()) for path in paths)
+        print(f"greedy accuracy before and after: {evaluate.compare(before, after)}")
+
+
+def stop_on_signals():
+    """A list that SIGTERM and Ctrl-C write to: the step is finished, saved, and the run ends. A second one ends it at once."""
+    stopped = []
+
+    def note(number, _):
+        stopped.append(number)
+        signal.signal(number, signal.SIG_DFL)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, note)
+    return stopped
+
+
+def draw_again(student, tokenizer, sample, args):
+    """A completion sampled once more, alone. One that an update leaves as it was, to the last bit, comes from a sampler that has not seen it.
+    (Beside others in a batch, as it was drawn first, the last bits are others anyway.)"""
+    return evaluate.generate(student, tokenizer, [sample.prefix_ids], args.max_new_tokens, args.temperature, [sample.seed], return_logps=True)
+
+
+# ---------------------------------------------------------------------------------------------------
 # Checkpoints: one safetensors file of weights, Adam's moments and the step, written aside and renamed
-
-@dataclass
-class Run:
-    """Where a run stands: what a checkpoint keeps."""
-    models: Models
-    tokenizer: object
-    optimizer: object
-    names: dict      # name -> weight that learns: the student's, then the critic's
-    history: list    # per tree (P,): a running mean of the student's rewards at each prefix, nan where it has not been
-    step: int = 0    # steps done
-    tokens: int = 0  # generated so far
-
-    def share(self, args):
-        """How much of the run is done, from 0 to 1 and, with --max_tokens, a little over."""
-        return self.tokens / args.max_tokens if args.max_tokens else self.step / args.steps
-
 
 def save(run, args):
     """Write the model (or its PEFT adapter) at the top of the run folder, and the checkpoint, keeping the previous one. The checkpoint comes
@@ -646,12 +847,6 @@ def progress_line(row, done, seconds, args):
     return " | ".join(parts) + "  every group is dead: equal rewards, nothing to learn from" * dead
 
 
-def draw_again(student, tokenizer, sample, args):
-    """A completion sampled once more, alone. One that an update leaves as it was, to the last bit, comes from a sampler that has not seen it.
-    (Beside others in a batch, as it was drawn first, the last bits are others anyway.)"""
-    return evaluate.generate(student, tokenizer, [sample.prefix_ids], args.max_new_tokens, args.temperature, [sample.seed], return_logps=True)
-
-
 def warn(row, samples, trees, tokenizer, args):
     """Say what is probably wrong with a run: a sampler that is not the trainer, or rewards that never come."""
     if row.get("gap", 0) > 1e-2:
@@ -666,195 +861,6 @@ def warn(row, samples, trees, tokenizer, args):
             text = evaluate.decode(tokenizer, s.completion_ids)
             found, expected = json.dumps(evaluate.extract_answer(text, strict=True)), json.dumps(trees[s.tree].answer)
             print(f"  {json.dumps(text[-300:])}\n  extracted {found}, expected {expected}")
-
-
-# ---------------------------------------------------------------------------------------------------
-# The loop
-
-def load_models(args, device):
-    """(Models, the student's tokenizer). The student is what learns: an adapter on it, or with --lora_rank 0 all of its weights."""
-    if args.teacher:
-        evaluate.check_vocabulary(args.teacher, args.model, args.trust_remote_code)
-    torch.manual_seed(args.seed)  # the fresh adapter's A, the critic's head
-    load = partial(evaluate.load, device=device, trust_remote_code=args.trust_remote_code)
-    student, tokenizer = load(args.model, args.adapter, trainable=True)
-    if args.lora_rank == 0:
-        student = student.float().requires_grad_(True)
-    elif not args.adapter:
-        student = get_peft_model(student, LoraConfig(r=args.lora_rank, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout,
-                                                     target_modules="all-linear", task_type="CAUSAL_LM"))
-    teacher = load(args.teacher, args.teacher_adapter)[0].requires_grad_(False) if args.teacher else None
-    return Models(student, teacher, evaluate.load_critic(args.critic, device) if args.critic else None), tokenizer
-
-
-def load_data(args):
-    """Training data, trees or (question, steps) of solutions, and held-out problems. Before the models, since their errors are cheap."""
-    problems = read_problems(args.eval_data, args.eval_limit, args.skip_bad) if args.eval_every else []
-    if args.objective == "tree_opo":
-        return read_trees(args.trees, args.skip_bad), problems
-    solutions = [solution for solutions in read_jsonl(args.trees, parse_traces, args.skip_bad) for solution in solutions]
-    if not solutions:
-        raise InputError(f"no solution in {args.trees} came to a right answer; there is nothing to learn by heart.")
-    return solutions, problems
-
-
-def encode_data(data, tokenizer, args):
-    """Trees with their ids, prefixes that are too long left out; solutions as (ids of the prompt, ids of the completion)."""
-    encode = partial(evaluate.encode, tokenizer)
-    if args.objective == "tree_opo":
-        trees, dropped = tokenize(data, encode, args.max_prompt)
-        if not trees:
-            raise InputError(f"no prefix of {args.trees} has at most {args.max_prompt} tokens; raise --max_prompt.")
-        if dropped:
-            print(f"dropped {dropped} prefixes of more than {args.max_prompt} tokens; {sum(len(t.steps) for t in trees)} are left")
-        return trees
-    pairs = []
-    for question, steps in data:
-        prompt, *ids = encode(question, steps[:-1])
-        last = tokenizer(steps[-1], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-        pairs.append((prompt, [token for step in ids + [last] for token in step]))
-    return pairs
-
-
-def set_up(args, device):
-    """(Run, training data, held-out problems), from scratch or where the checkpoint stands."""
-    checkpoint = find_checkpoint(args) if args.resume else None
-    data, problems = load_data(args)
-    models, tokenizer = load_models(args, device)
-    data, problems = encode_data(data, tokenizer, args), evaluate.fitting(models.student, tokenizer, problems, args.skip_bad) if problems else []
-    names = {name: p for name, p in models.student.named_parameters() if p.requires_grad}
-    groups = [dict(params=list(names.values()), peak_lr=args.lr)]
-    if models.critic:
-        groups.append(dict(params=list(models.critic.parameters()), peak_lr=args.critic_lr))
-        names |= {f"critic.{name}": p for name, p in models.critic.named_parameters()}
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95 if args.objective == "sft" else 0.999), weight_decay=0.0)
-    run = Run(models, tokenizer, optimizer, names, [np.full(len(tree.parent), np.nan) for tree in data] if args.objective == "tree_opo" else [])
-    if checkpoint:
-        restore(run, checkpoint, args)
-    return run, data, problems
-
-
-def score(model, tokenizer, problems, step, args, rank, world):
-    """Greedy completions of the held-out problems, shared among the ranks, into eval-STEP.jsonl; prints the accuracy.
-    Once a step, however often the run is resumed there."""
-    path = os.path.join(args.out, f"eval-{step}.jsonl")
-    if gather(os.path.exists(path), world)[0]:
-        return
-    parts = gather(evaluate.score(model, tokenizer, problems[rank::world], args.eval_new_tokens), world)
-    if rank == 0:
-        rows = [row for part in parts for row in part]
-        write_jsonl(rows, path)
-        accuracy, (low, high) = evaluate.summarise(rows)["greedy"]
-        print(f"step {step}: greedy accuracy {100 * accuracy:.1f} % on {len(rows)} held-out problems, "
-              f"95 % [{100 * low:.1f}, {100 * high:.1f}]", flush=True)
-
-
-def make_batch(run, data, args, rank, world):
-    """This rank's samples of one step, credited: (samples, figures of groups, generated tokens, Scale)."""
-    models, tokenizer = run.models, run.tokenizer
-    if args.objective == "sft":
-        samples, figures = sft_batch(data, run.step, args, rank, world), []
-        generated = sum(len(s.completion_ids) for s in samples)
-    else:
-        policy = models.teacher if args.behaviour == "teacher" else models.student
-        samples, figures, generated = rollout(policy, tokenizer, data, run.history, run.step, args, rank, world)
-        if args.critic or args.reward == "teacher":
-            credit_steps(samples, models, tokenizer, args)
-        elif args.reward == "none":
-            for s in samples:
-                s.advantage = 0.0
-        if args.critic or args.reward != "task":  # what Figure 4 plots is of advantages that were not used
-            figures = [{key: f[key] for key in ("reward", "dead")} for f in figures]
-    counts = gather((sum(len(s.completion_ids) for s in samples), sum(len(s.steps or ()) for s in samples)), world)
-    tokens, states = map(sum, zip(*counts))
-    # policy gradient: sum over tokens, mean over samples; cross entropy: mean over tokens
-    return samples, figures, generated, Scale(1 / (tokens if args.objective == "sft" else args.batch_size), 1 / tokens, 1 / max(states, 1))
-
-
-def stop_on_signals():
-    """A list that SIGTERM and Ctrl-C write to: the step is finished, saved, and the run ends. A second one ends it at once."""
-    stopped = []
-
-    def note(number, _):
-        stopped.append(number)
-        signal.signal(number, signal.SIG_DFL)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, note)
-    return stopped
-
-
-def finish(args, step, minutes):
-    """Say what came out: before against after on the same problems."""
-    print(f"{step} steps done, {minutes:.1f} minutes since the start or the resume; the model is in {args.out}")
-    paths = [os.path.join(args.out, f"eval-{k}.jsonl") for k in (0, step)]
-    if all(map(os.path.exists, paths)):  # a resumed run may have been told to evaluate only then
-        before, after = (list(evaluate.read_scores(path).values()) for path in paths)
-        print(f"greedy accuracy before and after: {evaluate.compare(before, after)}")
-
-
-def train(args):
-    """The run: set up, then evaluate now and then, roll out, update, report, save."""
-    # 1. set up
-    rank, world, device = evaluate.distributed()
-    if rank == 0:
-        check_folder(args)
-    run, data, problems = set_up(args, device)
-    student, tokenizer = run.models.student, run.tokenizer
-    schedule = get_cosine_schedule_with_warmup(run.optimizer, max(1, round(0.03 * args.steps)), args.steps + 1).lr_lambdas[0]
-    if rank == 0:
-        logs = open_run(args, run.step)
-        trainable = sum(p.numel() for p in student.parameters() if p.requires_grad)
-        print(f"{trainable:,} trainable of {sum(p.numel() for p in student.parameters()):,} weights on {world} x {device.type}, "
-              f"{len(data)} problems, {args.group} groups -> {args.out}")
-    signals, seen, begun, first = stop_on_signals(), False, time.time(), run.share(args)
-    while True:
-        # 2. evaluate: before, after, and now and then; no more once told to stop, which may happen in the middle of it
-        stop, done = any(gather(bool(signals), world)), run.share(args) >= 1
-        if problems and not stop and (done or run.step % args.eval_every == 0):
-            score(student, tokenizer, problems, run.step, args, rank, world)
-            stop = any(gather(bool(signals), world))
-        if stop or done:
-            break
-        # 3. roll out
-        clock = [time.time()]
-        samples, figures, generated, scale = make_batch(run, data, args, rank, world)
-        clock.append(time.time())
-        # 4. update; the first one must show in a completion that is drawn again
-        watched = samples[0] if samples and figures and not seen and args.behaviour == "student" else None
-        before = watched and draw_again(student, tokenizer, watched, args)
-        lr_share = schedule(run.share(args) * args.steps + 1)
-        torch.manual_seed(int(np.random.default_rng((args.seed, run.step, rank)).integers(2 ** 63)))  # of dropout
-        warm_up = args.critic and run.step < args.critic_warmup
-        stats, grad_norm = update(run.models, run.optimizer, samples, scale, lr_share, args, rank, world, warm_up)
-        if watched and 0 < grad_norm < math.inf:
-            seen = True
-            if before == draw_again(student, tokenizer, watched, args):
-                print(f"step {run.step + 1} changed no log-prob of a completion drawn again: the update does not reach the sampler, "
-                      f"or --lr {args.lr} is too small")
-        clock.append(time.time())
-        # 5. report
-        parts = gather((samples, figures, generated, stats), world)
-        row = report(run.step, parts, clock, run.tokens, args) | dict(lr=args.lr * lr_share, grad_norm=grad_norm)
-        samples = sorted((s for part in parts for s in part[0]), key=lambda s: s.group)  # of all ranks
-        remember(samples, run.history, args)
-        run.step, run.tokens = run.step + 1, row["tokens"]
-        if rank == 0:
-            left = (time.time() - begun) * max(0, 1 - run.share(args)) / (run.share(args) - first)
-            print(progress_line(row, run.share(args), left, args), flush=True)
-            write_logs(logs, row, samples, tokenizer, args)
-            warn(row, samples, data, tokenizer, args)
-            # 6. save
-            if run.share(args) >= 1 or args.save_every and run.step % args.save_every == 0:
-                save(run, args)
-    if rank == 0 and stop:
-        save(run, args)
-        print(f"stopped after step {run.step}, which is saved; the same command with --resume goes on", flush=True)
-    elif rank == 0:
-        finish(args, run.step, (time.time() - begun) / 60)
-    if world > 1:
-        dist.destroy_process_group()
-    if stop:
-        sys.exit(128 + (signals or [signal.SIGTERM])[0])
 
 
 if __name__ == "__main__":

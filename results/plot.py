@@ -99,12 +99,13 @@ def read_sweep(path):
     return runs
 
 
-def interval(values):
-    """Mean and half-width of its 95 % t-interval; the seeds are the sample."""
+def interval(values, of="mean"):
+    """Mean and half-width of its 95 % t-interval; the seeds are the sample. of="next": the half-width of where one more seed falls."""
     values = np.array([v for v in values if v is not None], float)
     if len(values) < 2:
         return (values[0] if len(values) else np.nan), np.nan
-    return values.mean(), stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
+    spread = 1 / len(values) + (of == "next")
+    return values.mean(), stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) * np.sqrt(spread)
 
 
 def over_seeds(curves, points=60):
@@ -212,20 +213,21 @@ def table_of(runs):
 
     lines = []
     for name, title in SETS.items():
-        lines += [f"**{title}**", "", "| row | in sweep.py | seeds | greedy, % | sampled, % | against GRPO, points | against expectation, points | constraints satisfied, % | "
-                  "variance of advantages | peak memory, MB | seconds |", "|---|---|---|---|---|---|---|---|---|---|---|"]
+        lines += [f"**{title}**", "", "| row | in sweep.py | seeds | greedy, % | one more run | sampled, % | against GRPO, points | against expectation, points | constraints satisfied, % | "
+                  "variance of advantages | peak memory, MB | seconds |", "|---|---|---|---|---|---|---|---|---|---|---|---|"]
         for row in [*LABELS, *sorted({row for _, row in runs} - set(LABELS))]:
             seeds = runs.get((name, row))
             if seeds:
                 mean = lambda key, scale=1: interval([scale * run[key] for run in seeds.values()])
                 inside = lambda key: interval([run["means"][key] for run in seeds.values()])[0]
-                lines.append("| " + " | ".join([LABELS.get(row, row), f"`{row}`", str(len(seeds)), number(mean("greedy", 100)), number(mean("sampled", 100)),
+                lines.append("| " + " | ".join([LABELS.get(row, row), f"`{row}`", str(len(seeds)), number(mean("greedy", 100)),
+                             "–" if len(seeds) < 2 else f"± {interval([100 * run['greedy'] for run in seeds.values()], 'next')[1]:.1f}", number(mean("sampled", 100)),
                              *(against(seeds, runs.get((name, other), {})) for other in ("grpo", "expectation")),
                              number((100 * inside("sat"), 100 * inside("sat_sd"))), number((inside("adv_var"), np.nan), 3),
                              f"{mean('peak_memory_mb')[0]:.0f}", f"{mean('seconds')[0]:.0f}"]) + " |")
         lines.append("")
     return "\n".join(lines) + """
-Accuracy: mean and half-width of the 95 % t-interval over seeds. Differences: greedy accuracy, paired by seed, t-test; the p-values are not
+Accuracy: mean and half-width of its 95 % t-interval over seeds; one more run, with another seed, falls within the half-width beside it. Differences: greedy accuracy, paired by seed, t-test; the p-values are not
 corrected for the number of rows. Constraints: mean ± standard deviation over groups. Memory and seconds: mean over seeds, training alone.
 """
 
