@@ -31,8 +31,9 @@ TABLES = {  # rows of sweep.jsonl: their names in the paper, and colours that th
                 "actor_critic": ("actor-critic", "#009E73"), "mcts_reinforce": ("MCTS-driven REINFORCE", "#CC79A7"), "gkd": ("GKD", "#E69F00"),
                 "tree_opo_kl": ("Tree-OPO + KL", "#000000"), "off_policy": ("off-policy, teacher samples", "#888888")},
     "further": {"qp_soft": ("QP, soft", None), "mc": ("V by fresh rollouts", None), "loo": ("V without own reward", None), "teacher": ("V of the search", None),
-                "grpo_clipped": ("GRPO, two clipped epochs, KL", None), "rloo": ("RLOO, questions", None), "treepo": ("TreePO", None), "treerl": ("TreeRL", None), "treerpo": ("TreeRPO", None),
-                "ema": ("V by moving average", None), "shrink": ("V shrunk", None)},
+                "grpo_clipped": ("GRPO, two clipped epochs, KL", None),
+                "tree_opo_clipped": ("Tree-OPO, two clipped epochs, KL", None), "rloo": ("RLOO, questions", None), "treepo": ("TreePO", None),
+                "treerl": ("TreeRL", None), "treerpo": ("TreeRPO", None), "ema": ("V by moving average", None), "shrink": ("V shrunk", None)},
 }
 LABELS = {row: label for table in TABLES.values() for row, (label, _) in table.items()}
 

@@ -41,6 +41,7 @@ ROWS = {  # the flags of train.py
     "tree_opo_kl": f"--baseline expectation {TEACHER} --distill_coef 0.1 --kl student_teacher",
     "off_policy": f"--baseline none --behaviour teacher {TEACHER}",  # Sec. 3.1
     "grpo_clipped": "--group question --baseline grpo --epochs 2 --kl_coef 0.04",  # as its users know it
+    "tree_opo_clipped": "--baseline expectation --epochs 2 --kl_coef 0.04",
     "rloo": "--group question --baseline rloo",  # beyond the paper
 } | {name: f"--baseline {name}" for name in "loo teacher treepo treerl treerpo ema shrink".split()}
 SETS = {"easy": ("data/arithmetic/", 30_000), "hard": ("data/arithmetic/hard_", 60_000)}  # how its files begin, generated tokens a run
