@@ -390,11 +390,11 @@ def update(models, optimizer, samples, scale, lr_share, args, rank=0, warm_up=Fa
     and the gradient's norm."""
     figures = []
     for _ in range(args.epochs):
-        stats = None
         models.student.train()
-        while stats is None:
+        while True:
             try:
                 stats = accumulate(models, samples, scale, args, warm_up)
+                break
             except RuntimeError as error:
                 if not evaluate.out_of_memory(error) or args.micro_tokens == 1:
                     raise
