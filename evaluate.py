@@ -18,6 +18,7 @@ import math
 import operator
 import os
 import re
+import resource
 import signal
 import sys
 import warnings
@@ -69,6 +70,19 @@ def distributed():
         # a rank that has finished waits as long as the others need; torchrun ends all where one dies
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=7))
     return rank, world, device
+
+
+def gather(item):
+    """The list of every rank's item, on every rank."""
+    if not torch.distributed.is_initialized():
+        return [item]
+    items = [None] * torch.distributed.get_world_size()
+    try:
+        torch.distributed.all_gather_object(items, item)
+    except RuntimeError as error:  # its connection is closed
+        raise InputError(f"rank {torch.distributed.get_rank()} ends, for another rank has ended, whose error is the one to look at "
+                         f"({shorten(str(error), 120)}).") from None
+    return items
 
 
 def load(model, adapter=None, device="cpu", dtype=None, trainable=False, trust_remote_code=False):
@@ -142,6 +156,13 @@ def encode(tokenizer, question, steps=()):
     else:
         prompt = tokenizer(question + JOIN)["input_ids"]
     return [prompt] + (tokenizer([step + JOIN for step in steps], add_special_tokens=False)["input_ids"] if steps else [])
+
+
+def encode_solution(tokenizer, question, steps):
+    """(ids of the prompt, ids of the whole completion), which ends the turn after its last step."""
+    prompt, *ids = encode(tokenizer, question, steps[:-1])
+    last = tokenizer(steps[-1], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+    return prompt, [token for step in [*ids, last] for token in step]
 
 
 def fitting(model, tokenizer, problems, skip_bad=False):
@@ -325,6 +346,18 @@ def log_probs(logits, target):
     return -torch.nn.functional.cross_entropy(logits, target, reduction="none")
 
 
+def divergence(logits, other, direction):
+    """KL between next-token distributions over the full vocabulary, (n,). logits (n, V) are the student's and have the gradient.
+
+    direction   "student_teacher" is KL(student || other), the field's reverse KL; "teacher_student" is KL(other || student), which App. B prints.
+    """
+    width = min(logits.shape[1], other.shape[1])  # models of one tokenizer may pad their vocabularies differently
+    p, q = (torch.log_softmax(x[:, :width], dim=-1) for x in (logits, other))
+    if direction == "teacher_student":
+        p, q = q, p
+    return torch.nn.functional.kl_div(q, p, log_target=True, reduction="none").sum(-1)  # torch takes the second distribution first
+
+
 def step_starts(model, tokenizer, ids):
     """Where the reasoning steps of a completion begin: 0, and after each blank line that is not its end."""
     blank, opens, closes, _ = token_kinds(tokenizer, model.config.vocab_size)[ids].numpy().T
@@ -347,6 +380,16 @@ def check_vocabulary(teacher, student, trust_remote_code=False):
 def out_of_memory(error):
     """Whether an exception says that CUDA or the CPU's allocator has no memory left."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error) or "not enough memory" in str(error)
+
+
+def peak_memory():
+    """MiB at most in use so far: by CUDA's allocator, else by the process (of which getrusage would tell its parent's, too)."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2 ** 20
+    if os.path.exists("/proc/self/status"):
+        with open("/proc/self/status") as status:
+            return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20  # bytes on macOS
 
 
 def load_critic(path, device):

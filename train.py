@@ -9,7 +9,7 @@ What differs from textbook GRPO:
 4. A group is one packed row: what its samples share is computed once (tree.pack).
 
 The methods that the paper compares with (Tables 1 and 2) differ in three places: what a completion (`compare`) or each of its steps
-(`credit_steps`) is credited with, how log-probs are weighted (`surrogate`), and a KL term (`divergence`). README has their commands.
+(`credit_steps`) is credited with, how log-probs are weighted (`surrogate`), and a KL term (`evaluate.divergence`). See README.
 
     torchrun train.py --baseline expectation                          # the embedded default, on a laptop
     torchrun --nproc_per_node 8 train.py --preset paper --trees out/gsm8k_trees.jsonl --baseline expectation
@@ -18,7 +18,6 @@ The methods that the paper compares with (Tables 1 and 2) differ in three places
 import json
 import math
 import os
-import resource
 import signal
 import sys
 import time
@@ -27,8 +26,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
-from tree import (InputError, arguments, at_least, drop_torn_line, leave_on_signals, micro_batches, parse_traces, read_jsonl,
-                  read_problems, read_trees, run_command, sample_group, shorten, tokenize, write_jsonl)
+from tree import (InputError, arguments, at_least, continue_jsonl, leave_on_signals, micro_batches, read_problems, read_solutions,
+                  read_trees, run_command, sample_group, shuffled, stop_on_signals, tokenize, write_jsonl)
 
 if __name__ == "__main__":
     leave_on_signals()  # torch takes seconds to import; in the loop stop_on_signals replaces it
@@ -39,14 +38,12 @@ import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from transformers import get_cosine_schedule_with_warmup
 
 import advantage
 import evaluate
+from evaluate import gather
 
-# ---------------------------------------------------------------------------------------------------
-# Knobs. Any flag overrides its preset.
-
+# ---- Knobs. Any flag overrides its preset. -------------------------------------------------------
 PRESETS = {
     "arithmetic": dict(  # the embedded default
         model="data/arithmetic/student", trees="data/arithmetic/trees.jsonl", eval_data="data/arithmetic/test.jsonl",
@@ -149,14 +146,11 @@ def parse_args(argv=None):
              "--distill_coef, --reward teacher, --behaviour teacher and --teacher_adapter need --teacher PATH."),
             (args.teacher and not asked,
              "--teacher is given, but nothing asks for it; expected --distill_coef, --reward teacher or --behaviour teacher."),
-            (args.reward == "none" and not args.distill_coef,
-             "--reward none leaves nothing to learn from; expected a --distill_coef above 0."),
+            (args.reward == "none" and not args.distill_coef, "--reward none leaves nothing to learn from; expected a --distill_coef above 0."),
             (args.behaviour == "teacher" and (not compared or args.epochs > 1 or args.baseline in ("ema", "mc")),
              "--behaviour teacher weighs its completions by task rewards; --critic, other --reward, --epochs, ema and mc need the student's."),
-            (args.adapter and not args.lora_rank,
-             "--adapter is trained as it is; --lora_rank 0, which trains every weight, is not for it."),
-            (args.kl_coef and not args.lora_rank,
-             "--kl_coef compares with the student without its adapter, and --lora_rank 0 leaves none.")):
+            (args.adapter and not args.lora_rank, "--adapter is trained as it is; --lora_rank 0, which trains every weight, is not for it."),
+            (args.kl_coef and not args.lora_rank, "--kl_coef compares with the student without its adapter, and --lora_rank 0 leaves none.")):
         if wrong:
             raise InputError(sentence)
     args.baseline = args.baseline or "expectation"
@@ -165,16 +159,14 @@ def parse_args(argv=None):
     return args
 
 
-# ---------------------------------------------------------------------------------------------------
-# Records
-
+# ---- Records -------------------------------------------------------------------------------------
 @dataclass
 class Sample:
     """One completion, from prefix to advantage. Ids are kept as sampled and padded at the last moment."""
     group: int
     node: int
     prefix_ids: list
-    completion_ids: list
+    completion_ids: list = None
     sampler_logps: list = None
     tree: int = 0              # its place among the trees
     seed: tuple = ()           # of its random numbers
@@ -202,12 +194,14 @@ class Scale(NamedTuple):
 
 @dataclass
 class Run:
-    """Where a run stands: what a checkpoint keeps."""
+    """Who learns, where the run stands, and which of its ranks this is."""
     models: Models
     tokenizer: object
     optimizer: object
     names: dict      # name -> weight that learns: the student's, then the critic's
     history: list    # per tree (P,): a running mean of the student's rewards at each prefix, nan where it has not been
+    rank: int = 0
+    world: int = 1
     step: int = 0    # steps done
     tokens: int = 0  # generated so far
 
@@ -215,63 +209,54 @@ class Run:
         """How much of the run is done, from 0 to 1 and, with --max_tokens, a little over."""
         return self.tokens / args.max_tokens if args.max_tokens else self.step / args.steps
 
-
-# ---------------------------------------------------------------------------------------------------
-# Roll out: groups of prefixes, completions, rewards, advantages
-
-def shuffled(place, count, seed):
-    """Which of `count` items comes at `place` in endless passes over them, each pass in an order of its own."""
-    epoch, place = divmod(place, count)
-    # numpy takes a seed that ends in zeros for the shorter one: this one ends in 1, for it shall be nobody else's
-    return np.random.default_rng((seed, epoch, 0, 0, 1)).permutation(count)[place]
+    def lr_share(self, args):
+        """The learning rate of the step to come, as a share of its peak: up for 3 % of the run, then down a cosine to 0."""
+        step, warm_up = self.share(args) * args.steps + 1, max(1, round(0.03 * args.steps))
+        if step < warm_up:
+            return step / warm_up
+        return max(0.0, 0.5 * (1 + math.cos(math.pi * ((step - warm_up) / max(1, args.steps + 1 - warm_up)))))
 
 
-def rollout(policy, tokenizer, trees, history, step, args, rank=0, world=1):
-    """This rank's groups of one step, completed by the policy, graded, and compared.
+# ---- Roll out: groups of prefixes, completions, rewards, advantages ------------------------------
+def rollout(run, trees, args):
+    """This rank's groups of one step, completed, graded, and compared.
 
     Everything drawn derives from (seed, step, group), never from the rank or an earlier step: any number of ranks
     samples the same batch, and a resumed run replays nothing.
-    history   per tree (P,): the student's mean reward at each prefix so far, nan where it has not been
     Returns samples (list of Sample), one dict of figures a group, and the number of generated tokens.
     """
-    samples, drawn, prompts, seeds = [], [], [], []
-    for g in range(rank, args.batch_size // args.group_size, world):
-        place = shuffled(step * (args.batch_size // args.group_size) + g, len(trees), args.seed)
-        tree, rng = trees[place], np.random.default_rng((args.seed, step, g))
-        nodes = sample_group(tree, args.group_size, args.group, rng, root=not args.no_root)
+    groups, count, size = [], args.batch_size // args.group_size, args.group_size
+    for g in range(run.rank, count, run.world):
+        place, rng = int(shuffled(run.step * count + g, len(trees), args.seed)), np.random.default_rng((args.seed, run.step, g))
+        nodes = sample_group(trees[place], size, args.group, rng, root=not args.no_root)
         fresh = np.repeat(np.unique(nodes), args.mc_rollouts) if args.baseline == "mc" else nodes[:0]  # App. A.9
-        drawn.append((place, nodes, fresh))
-        prompts += [tree.prefix_ids(node) for node in (*nodes, *fresh)]
-        # the last number from 1 on: numpy takes (seed, step, group, 0) for (seed, step, group), which drew the prefixes
-        own = [(args.seed, step, g, k + 1) for k in range(len(nodes) + len(fresh))]
-        seeds += own
-        samples += [Sample(g, int(node), tree.prefix_ids(node), [], tree=int(place), seed=seed) for node, seed in zip(nodes, own)]
-    completions, logps = evaluate.generate(policy, tokenizer, prompts, args.max_new_tokens, args.temperature, seeds, return_logps=True)
-    eos, figures, waiting = evaluate.eos_ids(policy, tokenizer), [], iter(zip(completions, logps))
-
-    def grade(ids, answer):
-        return float(ids[-1] in eos and evaluate.is_correct(evaluate.decode(tokenizer, ids), answer, strict=True))
-    for k, (place, nodes, fresh) in enumerate(drawn):
-        members, tree = samples[k * args.group_size:(k + 1) * args.group_size], trees[place]
-        for sample, (ids, values) in zip(members, waiting):
-            sample.completion_ids, sample.sampler_logps = ids, values
-            sample.reward, sample.truncated = grade(ids, tree.answer), ids[-1] not in eos
-        again = np.array([grade(ids, tree.answer) for _, (ids, _) in zip(fresh, waiting)])
-        mc = np.full(len(tree.parent), np.nan)
-        for node in np.unique(fresh):
-            mc[node] = again[fresh == node].mean()
-        figures.append(compare(members, tree, nodes, dict(mc=mc, history=history[place]), args))
-    return samples, figures, sum(map(len, completions))
+        # the seed's last number from 1 on: numpy takes (seed, step, group, 0) for (seed, step, group), which drew the prefixes
+        groups.append([Sample(g, node, trees[place].prefix_ids(node), tree=place, seed=(args.seed, run.step, g, k))
+                       for k, node in enumerate([*nodes.tolist(), *fresh.tolist()], 1)])
+    drawn = [s for group in groups for s in group]
+    policy = run.models.teacher if args.behaviour == "teacher" else run.models.student
+    completions, logps = evaluate.generate(policy, run.tokenizer, [s.prefix_ids for s in drawn], args.max_new_tokens, args.temperature,
+                                           [s.seed for s in drawn], return_logps=True)
+    eos = evaluate.eos_ids(policy, run.tokenizer)
+    for s, ids, values in zip(drawn, completions, logps):
+        s.completion_ids, s.sampler_logps, s.truncated = ids, values, ids[-1] not in eos
+        s.reward = float(not s.truncated and evaluate.is_correct(evaluate.decode(run.tokenizer, ids), trees[s.tree].answer, strict=True))
+    figures = [compare(group[:size], group[size:], trees[group[0].tree], run.history[group[0].tree], args) for group in groups]
+    return [s for group in groups for s in group[:size]], figures, sum(map(len, completions))
 
 
-def compare(members, tree, nodes, known, args):
+def compare(members, fresh, tree, history, args):
     """Set the advantages of one group (Sec. 3.2, 3.3) and return the figures that Figure 4 plots.
 
-    known   what else is known of the tree's prefixes, (P,) each: fresh rollouts, history
+    fresh     what else was drawn at its prefixes, for --baseline mc
+    history   (P,) the student's mean reward at each prefix so far, nan where it has not been
     """
-    rewards, info = np.array([s.reward for s in members]), {}
+    nodes, rewards, info = np.array([s.node for s in members]), np.array([s.reward for s in members]), {}
+    mc = np.full(len(tree.parent), np.nan)
+    for node in {s.node for s in fresh}:
+        mc[node] = np.mean([s.reward for s in fresh if s.node == node])
     teacher = np.array(tree.value) / np.maximum(tree.visits, 1)
-    a = advantage.advantages(args.baseline, nodes, tree.parent, rewards, alpha=args.alpha, teacher=teacher, info=info, **known)
+    a = advantage.advantages(args.baseline, nodes, tree.parent, rewards, alpha=args.alpha, teacher=teacher, mc=mc, history=history, info=info)
     values = advantage.value("expectation", nodes, tree.parent, rewards)
     for k, sample in enumerate(members):
         sample.advantage, sample.value = float(a[k]), float(values[k])
@@ -286,23 +271,20 @@ def credit_steps(samples, models, tokenizer, args):
     last step. Without a critic V is 0 and lambda 1: then the advantage is the discounted return, and the loss is REINFORCE.
     """
     student, teacher, critic = models
-    values, logps = {}, {}  # by id(sample): before each step, of each token
-    for s in samples:
-        s.steps = evaluate.step_starts(student, tokenizer, s.completion_ids)
     for members, rows in cut(samples, models, args):
+        for s in members:
+            s.steps = evaluate.step_starts(student, tokenizer, s.completion_ids)
         if critic:
-            parts = evaluate.step_values(critic, members, rows).cpu().split([len(s.steps) for s in members])
-            values |= zip(map(id, members), parts)
+            values = evaluate.step_values(critic, members, rows).cpu().split([len(s.steps) for s in members])
         if args.reward == "teacher":
             logits, target, _ = evaluate.completion_logits(teacher, members, rows, args.temperature)
-            parts = evaluate.log_probs(logits, target).cpu().split([len(s.completion_ids) for s in members])
-            logps |= zip(map(id, members), parts)
-    for s in samples:
-        task = np.r_[np.zeros(len(s.steps) - 1), s.reward]
-        rewards = np.add.reduceat(logps[id(s)].numpy() - s.sampler_logps, s.steps) if args.reward == "teacher" else task
-        v = values[id(s)].numpy() if critic else np.zeros(len(s.steps))
-        a, s.targets = advantage.gae(rewards, v, args.gamma, args.gae_lambda if critic else 1.0)
-        s.advantage = np.repeat(a, np.diff([*s.steps, len(s.completion_ids)]))
+            theirs = evaluate.log_probs(logits, target).cpu().split([len(s.completion_ids) for s in members])
+        for k, s in enumerate(members):
+            task = np.r_[np.zeros(len(s.steps) - 1), s.reward]
+            rewards = np.add.reduceat(theirs[k].numpy() - s.sampler_logps, s.steps) if args.reward == "teacher" else task
+            v = values[k].numpy() if critic else np.zeros(len(s.steps))
+            a, s.targets = advantage.gae(rewards, v, args.gamma, args.gae_lambda if critic else 1.0)
+            s.advantage = np.repeat(a, np.diff([*s.steps, len(s.completion_ids)]))
 
 
 def remember(samples, history, args):
@@ -312,51 +294,36 @@ def remember(samples, history, args):
         history[s.tree][s.node] = s.reward if np.isnan(before) else before + args.ema * (s.reward - before)
 
 
-def sft_batch(traces, step, args, rank=0, world=1):
-    """This rank's traces of one step as samples of advantage 1: the policy gradient is then that of cross entropy."""
-    samples = []
-    for k in range(rank, args.batch_size, world):
-        prompt, completion = traces[shuffled(step * args.batch_size + k, len(traces), args.seed)]
-        samples.append(Sample(k, 0, prompt, completion))
-    return samples
-
-
-def make_batch(run, data, args, rank, world):
+def make_batch(run, data, args):
     """This rank's samples of one step, credited: (samples, figures of groups, generated tokens, Scale)."""
-    models, tokenizer = run.models, run.tokenizer
-    if args.objective == "sft":
-        samples, figures = sft_batch(data, run.step, args, rank, world), []
-        generated = sum(len(s.completion_ids) for s in samples)
+    if args.objective == "sft":  # solutions with advantage 1: the policy gradient is then that of cross entropy
+        samples = [Sample(k, 0, *data[shuffled(run.step * args.batch_size + k, len(data), args.seed)])
+                   for k in range(run.rank, args.batch_size, run.world)]
+        figures, generated = [], sum(len(s.completion_ids) for s in samples)
     else:
-        policy = models.teacher if args.behaviour == "teacher" else models.student
-        samples, figures, generated = rollout(policy, tokenizer, data, run.history, run.step, args, rank, world)
+        samples, figures, generated = rollout(run, data, args)
         if args.critic or args.reward == "teacher":
-            credit_steps(samples, models, tokenizer, args)
+            credit_steps(samples, run.models, run.tokenizer, args)
         elif args.reward == "none":
             for s in samples:
                 s.advantage = 0.0
         if args.critic or args.reward != "task":  # what Figure 4 plots is of advantages that were not used
             figures = [{key: f[key] for key in ("reward", "dead")} for f in figures]
-    counts = gather((sum(len(s.completion_ids) for s in samples), sum(len(s.steps or ()) for s in samples)), world)
+    counts = gather((sum(len(s.completion_ids) for s in samples), sum(len(s.steps or ()) for s in samples)))
     tokens, states = map(sum, zip(*counts))
     # policy gradient: sum over tokens, mean over samples; cross entropy: mean over tokens
     return samples, figures, generated, Scale(1 / (tokens if args.objective == "sft" else args.batch_size), 1 / tokens, 1 / max(states, 1))
 
 
-# ---------------------------------------------------------------------------------------------------
-# Update: the loss, its gradient over micro-batches and ranks
-
+# ---- Update: the loss, its gradient over micro-batches and ranks ---------------------------------
 def cut(samples, models, args):
     """The samples in micro-batches of packed rows; of padded ones where one of the models takes no tree masks."""
     return micro_batches(samples, args.micro_tokens, 0 if args.no_pack else min(evaluate.row_tokens(model) for model in models if model))
 
 
 def surrogate(logps, old, advantages, sample, args):
-    """What to maximise, a number a token (n,). At ratio 1 each variant has the gradient of A log pi, the policy gradient of Sec. 3.4.
-
-    old       (n,) log-probs under the policy that sampled
-    sample    (n,) which sample a token belongs to
-    """
+    """What to maximise, a number a token. At ratio 1 each variant has the gradient of A log pi, the policy gradient of Sec. 3.4.
+    All are (n,): `old` are the log-probs under the policy that sampled, `sample` says which sample a token belongs to."""
     if args.behaviour == "teacher":  # Sec. 3.1: w = pi(c | p) / pi_T(c | p) of a whole completion. As dw = w d log pi, w is a constant here
         weight = log_weights(logps, old, sample).clamp(max=math.log(args.weight_clip)).exp()
         return weight[sample] * advantages * logps
@@ -369,18 +336,6 @@ def surrogate(logps, old, advantages, sample, args):
 def log_weights(logps, old, sample):
     """log pi(c | p) - log pi_behaviour(c | p) of every sample (N,), without gradient."""
     return torch.zeros(int(sample.max()) + 1, device=logps.device).index_add(0, sample, logps.detach() - old)
-
-
-def divergence(logits, other, direction):
-    """KL between next-token distributions over the full vocabulary, (n,). logits (n, V) are the student's and have the gradient.
-
-    direction   "student_teacher" is KL(student || other), the field's reverse KL; "teacher_student" is KL(other || student), which App. B prints.
-    """
-    width = min(logits.shape[1], other.shape[1])  # models of one tokenizer may pad their vocabularies differently
-    p, q = (torch.log_softmax(x[:, :width], dim=-1) for x in (logits, other))
-    if direction == "teacher_student":
-        p, q = q, p
-    return torch.nn.functional.kl_div(q, p, log_target=True, reduction="none").sum(-1)  # torch takes the second distribution first
 
 
 def accumulate(models, samples, scale, args, warm_up=False):
@@ -415,7 +370,7 @@ def accumulate(models, samples, scale, args, warm_up=False):
                 if coef:
                     with torch.no_grad(), student.disable_adapter() if other is student else nullcontext():
                         theirs, _, _ = evaluate.completion_logits(other, members, rows, args.temperature)
-                    kl = divergence(logits, theirs, direction)
+                    kl = evaluate.divergence(logits, theirs, direction)
                     loss = loss + coef * scale.token * kl.sum()
                     stats["kl"] += kl.tolist()
         if critic:
@@ -430,18 +385,16 @@ def accumulate(models, samples, scale, args, warm_up=False):
     return stats
 
 
-def update(models, optimizer, samples, scale, lr_share, args, rank=0, world=1, warm_up=False):
-    """`--epochs` steps of AdamW on the loss of the whole batch. Returns this rank's figures of the first, and the gradient's norm.
-
-    lr_share   the schedule's factor on each learning rate
-    """
+def update(models, optimizer, samples, scale, lr_share, args, rank=0, warm_up=False):
+    """`--epochs` steps of AdamW, at `lr_share` of the peak rates, on the loss of the whole batch. Returns this rank's figures of the first,
+    and the gradient's norm."""
     figures = []
     for _ in range(args.epochs):
-        stats = None
         models.student.train()
-        while stats is None:
+        while True:
             try:
                 stats = accumulate(models, samples, scale, args, warm_up)
+                break
             except RuntimeError as error:
                 if not evaluate.out_of_memory(error) or args.micro_tokens == 1:
                     raise
@@ -450,15 +403,16 @@ def update(models, optimizer, samples, scale, lr_share, args, rank=0, world=1, w
                 print(f"rank {rank}: out of memory in the update; going on with --micro_tokens {args.micro_tokens}, the same objective", flush=True)
         models.student.eval()
         groups = [group["params"] for group in optimizer.param_groups]
-        all_reduce_gradients([p for params in groups for p in params], world, poison=bool(stats["bad"]))
+        all_reduce_gradients([p for params in groups for p in params], poison=bool(stats["bad"]))
         norms = [torch.nn.utils.clip_grad_norm_(params, 1.0).item() for params in groups]  # the student's, the critic's
         if all(map(math.isfinite, norms)):
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * lr_share
             optimizer.step()
         else:  # the same on every rank
-            anyone = any(gather(bool(stats["bad"]), world))  # else each loss is finite, and some gradient is not
-            dump(stats["bad"] if anyone else samples, os.path.join(args.out, f"nonfinite-{rank}.jsonl"))
+            concerned = stats["bad"] if any(gather(bool(stats["bad"]))) else samples  # of the latter each loss is finite, some gradient not
+            with open(os.path.join(args.out, f"nonfinite-{rank}.jsonl"), "a", encoding="utf-8") as out:
+                out.writelines(json.dumps(vars(s), default=lambda x: x.tolist()) + "\n" for s in concerned)
             sentence = f"the loss or the gradient is not finite; the samples concerned are in {args.out}/nonfinite-RANK.jsonl."
             if args.nonfinite == "abort":
                 raise InputError(f"{sentence} Expected finite numbers: lower --lr, or look at the samples. --nonfinite skip would go on.")
@@ -468,87 +422,69 @@ def update(models, optimizer, samples, scale, lr_share, args, rank=0, world=1, w
     return figures[0]
 
 
-def all_reduce_gradients(params, world, poison=False):
+def all_reduce_gradients(params, poison=False):
     """Sum the gradients over ranks with one flat all_reduce; a rank without work contributes zeros, one whose loss was not finite nan."""
     for p in params:
         if p.grad is None:
             p.grad = torch.zeros_like(p)
     if poison:
         params[0].grad.fill_(math.nan)
-    if world > 1:
+    if dist.is_initialized():
         flat = torch.cat([p.grad.flatten() for p in params])
         dist.all_reduce(flat)
         for p, grad in zip(params, flat.split([p.numel() for p in params])):
             p.grad.copy_(grad.view_as(p))
 
 
-def gather(item, world):
-    """The list of every rank's item, on every rank."""
-    if world == 1:
-        return [item]
-    items = [None] * world
-    try:
-        dist.all_gather_object(items, item)
-    except RuntimeError as error:  # its connection is closed
-        raise InputError(f"rank {dist.get_rank()} ends, for another rank has ended, whose error is the one to look at "
-                         f"({shorten(str(error), 120)}).") from None
-    return items
-
-
-# ---------------------------------------------------------------------------------------------------
-# The loop
-
+# ---- The loop ------------------------------------------------------------------------------------
 def train(args):
     """The run: set up, then evaluate now and then, roll out, update, report, save."""
     # 1. set up
     rank, world, device = evaluate.distributed()
     if rank == 0:
         check_folder(args)
-    run, data, problems = set_up(args, device)
-    student, tokenizer = run.models.student, run.tokenizer
-    schedule = get_cosine_schedule_with_warmup(run.optimizer, max(1, round(0.03 * args.steps)), args.steps + 1).lr_lambdas[0]
+    run, data, problems = set_up(args, rank, world, device)
     if rank == 0:
         logs = open_run(args, run.step)
-        trainable = sum(p.numel() for p in student.parameters() if p.requires_grad)
-        print(f"{trainable:,} trainable of {sum(p.numel() for p in student.parameters()):,} weights on {world} x {device.type}, "
+        trainable = sum(p.numel() for p in run.models.student.parameters() if p.requires_grad)
+        print(f"{trainable:,} trainable of {sum(p.numel() for p in run.models.student.parameters()):,} weights on {world} x {device.type}, "
               f"{len(data)} problems, {args.group} groups -> {args.out}")
     signals, seen, begun, first = stop_on_signals(), False, time.time(), run.share(args)
     while True:
         # 2. evaluate: before, after, and now and then; no more once told to stop, which may happen in the middle of it
-        stop, done = any(gather(bool(signals), world)), run.share(args) >= 1
+        stop, done = any(gather(bool(signals))), run.share(args) >= 1
         if problems and not stop and (done or run.step % args.eval_every == 0):
-            score(student, tokenizer, problems, run.step, args, rank, world)
-            stop = any(gather(bool(signals), world))
+            score(run, problems, args)
+            stop = any(gather(bool(signals)))
         if stop or done:
             break
         # 3. roll out
         clock = [time.time()]
-        samples, figures, generated, scale = make_batch(run, data, args, rank, world)
+        samples, figures, generated, scale = make_batch(run, data, args)
         clock.append(time.time())
         # 4. update; the first one must show in a completion that is drawn again
         watched = samples[0] if samples and figures and not seen and args.behaviour == "student" else None
-        before = watched and draw_again(student, tokenizer, watched, args)
-        lr_share = schedule(run.share(args) * args.steps + 1)
+        before = watched and draw_again(run, watched, args)
         torch.manual_seed(int(np.random.default_rng((args.seed, run.step, rank)).integers(2 ** 63)))  # of dropout
-        warm_up = args.critic and run.step < args.critic_warmup
-        stats, grad_norm = update(run.models, run.optimizer, samples, scale, lr_share, args, rank, world, warm_up)
+        warm_up, lr_share = args.critic and run.step < args.critic_warmup, run.lr_share(args)
+        stats, grad_norm = update(run.models, run.optimizer, samples, scale, lr_share, args, rank, warm_up)
         if watched and 0 < grad_norm < math.inf:
             seen = True
-            if before == draw_again(student, tokenizer, watched, args):
+            if before == draw_again(run, watched, args):
                 print(f"step {run.step + 1} changed no log-prob of a completion drawn again: the update does not reach the sampler, "
                       f"or --lr {args.lr} is too small")
         clock.append(time.time())
         # 5. report
-        parts = gather((samples, figures, generated, stats), world)
-        row = report(run.step, parts, clock, run.tokens, args) | dict(lr=args.lr * lr_share, grad_norm=grad_norm)
+        parts = gather((samples, figures, generated, stats))
+        row = report(run, parts, clock, args) | dict(lr=args.lr * lr_share, grad_norm=grad_norm)
         samples = sorted((s for part in parts for s in part[0]), key=lambda s: s.group)  # of all ranks
         remember(samples, run.history, args)
         run.step, run.tokens = run.step + 1, row["tokens"]
         if rank == 0:
             left = (time.time() - begun) * max(0, 1 - run.share(args)) / (run.share(args) - first)
             print(progress_line(row, run.share(args), left, args), flush=True)
-            write_logs(logs, row, samples, tokenizer, args)
-            warn(row, samples, data, tokenizer, args)
+            write_logs(logs, row, samples, run.tokenizer, args)
+            warn(row, samples, data, run.tokenizer, args)
             # 6. save
             if run.share(args) >= 1 or args.save_every and run.step % args.save_every == 0:
                 save(run, args)
@@ -563,38 +499,7 @@ def train(args):
         sys.exit(128 + (signals or [signal.SIGTERM])[0])
 
 
-# ---------------------------------------------------------------------------------------------------
-# Set up. From here on it is housekeeping: data, models, checkpoints, logs.
-
-def load_data(args):
-    """Training data, trees or (question, steps) of solutions, and held-out problems. Before the models, since their errors are cheap."""
-    problems = read_problems(args.eval_data, args.eval_limit, args.skip_bad) if args.eval_every else []
-    if args.objective == "tree_opo":
-        return read_trees(args.trees, args.skip_bad), problems
-    solutions = [solution for solutions in read_jsonl(args.trees, parse_traces, args.skip_bad) for solution in solutions]
-    if not solutions:
-        raise InputError(f"no solution in {args.trees} came to a right answer; there is nothing to learn by heart.")
-    return solutions, problems
-
-
-def encode_data(data, tokenizer, args):
-    """Trees with their ids, prefixes that are too long left out; solutions as (ids of the prompt, ids of the completion)."""
-    encode = partial(evaluate.encode, tokenizer)
-    if args.objective == "tree_opo":
-        trees, dropped = tokenize(data, encode, args.max_prompt)
-        if not trees:
-            raise InputError(f"no prefix of {args.trees} has at most {args.max_prompt} tokens; raise --max_prompt.")
-        if dropped:
-            print(f"dropped {dropped} prefixes of more than {args.max_prompt} tokens; {sum(len(t.steps) for t in trees)} are left")
-        return trees
-    pairs = []
-    for question, steps in data:
-        prompt, *ids = encode(question, steps[:-1])
-        last = tokenizer(steps[-1], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-        pairs.append((prompt, [token for step in ids + [last] for token in step]))
-    return pairs
-
-
+# ---- Set up. From here on it is housekeeping: data, models, checkpoints, logs. -------------------
 def load_models(args, device):
     """(Models, the student's tokenizer). The student is what learns: an adapter on it, or with --lora_rank 0 all of its weights."""
     if args.teacher:
@@ -611,37 +516,47 @@ def load_models(args, device):
     return Models(student, teacher, evaluate.load_critic(args.critic, device) if args.critic else None), tokenizer
 
 
-def set_up(args, device):
-    """(Run, training data, held-out problems), from scratch or where the checkpoint stands."""
+def set_up(args, rank, world, device):
+    """(Run, training data, held-out problems), from scratch or where the checkpoint stands. Files before models: their errors are cheap."""
     checkpoint = find_checkpoint(args) if args.resume else None
-    data, problems = load_data(args)
+    problems = read_problems(args.eval_data, args.eval_limit, args.skip_bad) if args.eval_every else []
+    data = (read_solutions if args.objective == "sft" else read_trees)(args.trees, args.skip_bad)
     models, tokenizer = load_models(args, device)
-    data, problems = encode_data(data, tokenizer, args), evaluate.fitting(models.student, tokenizer, problems, args.skip_bad) if problems else []
+    if args.objective == "sft":
+        data, history = [evaluate.encode_solution(tokenizer, *solution) for solution in data], []
+    else:
+        data, dropped = tokenize(data, partial(evaluate.encode, tokenizer), args.max_prompt)
+        if not data:
+            raise InputError(f"no prefix of {args.trees} has at most {args.max_prompt} tokens; raise --max_prompt.")
+        if dropped:
+            print(f"dropped {dropped} prefixes of more than {args.max_prompt} tokens; {sum(len(tree.steps) for tree in data)} are left")
+        history = [np.full(len(tree.parent), np.nan) for tree in data]
+    problems = problems and evaluate.fitting(models.student, tokenizer, problems, args.skip_bad)
     names = {name: p for name, p in models.student.named_parameters() if p.requires_grad}
     groups = [dict(params=list(names.values()), peak_lr=args.lr)]
     if models.critic:
         groups.append(dict(params=list(models.critic.parameters()), peak_lr=args.critic_lr))
         names |= {f"critic.{name}": p for name, p in models.critic.named_parameters()}
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95 if args.objective == "sft" else 0.999), weight_decay=0.0)
-    run = Run(models, tokenizer, optimizer, names, [np.full(len(tree.parent), np.nan) for tree in data] if args.objective == "tree_opo" else [])
+    run = Run(models, tokenizer, optimizer, names, history, rank, world)
     if checkpoint:
         restore(run, checkpoint, args)
     return run, data, problems
 
 
-def score(model, tokenizer, problems, step, args, rank, world):
+def score(run, problems, args):
     """Greedy completions of the held-out problems, shared among the ranks, into eval-STEP.jsonl; prints the accuracy.
     Once a step, however often the run is resumed there."""
-    path = os.path.join(args.out, f"eval-{step}.jsonl")
-    if gather(os.path.exists(path), world)[0]:
+    path = os.path.join(args.out, f"eval-{run.step}.jsonl")
+    if gather(os.path.exists(path))[0]:
         return
-    parts = gather(evaluate.score(model, tokenizer, problems[rank::world], args.eval_new_tokens), world)
-    if rank == 0:
+    parts = gather(evaluate.score(run.models.student, run.tokenizer, problems[run.rank::run.world], args.eval_new_tokens))
+    if run.rank == 0:
         rows = [row for part in parts for row in part]
         write_jsonl(rows, path)
         accuracy, (low, high) = evaluate.summarise(rows)["greedy"]
-        print(f"step {step}: greedy accuracy {100 * accuracy:.1f} % on {len(rows)} held-out problems, "
-              f"95 % [{100 * low:.1f}, {100 * high:.1f}]", flush=True)
+        print(f"step {run.step}: greedy accuracy {100 * accuracy:.1f} % on {len(rows)} held-out problems, 95 % [{100 * low:.1f}, {100 * high:.1f}]",
+              flush=True)
 
 
 def finish(args, step, minutes):
@@ -649,37 +564,23 @@ def finish(args, step, minutes):
     print(f"{step} steps done, {minutes:.1f} minutes since the start or the resume; the model is in {args.out}")
     paths = [os.path.join(args.out, f"eval-{k}.jsonl") for k in (0, step)]
     if all(map(os.path.exists, paths)):  # a resumed run may have been told to evaluate only then
-        before, after = (list(evaluate.read_scores(path).values()) for path in paths)
-        print(f"greedy accuracy before and after: {evaluate.compare(before, after)}")
+        print(f"greedy accuracy before and after: {evaluate.compare(*(list(evaluate.read_scores(path).values()) for path in paths))}")
 
 
-def stop_on_signals():
-    """A list that SIGTERM and Ctrl-C write to: the step is finished, saved, and the run ends. A second one ends it at once."""
-    stopped = []
-
-    def note(number, _):
-        stopped.append(number)
-        signal.signal(number, signal.SIG_DFL)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, note)
-    return stopped
-
-
-def draw_again(student, tokenizer, sample, args):
+def draw_again(run, sample, args):
     """A completion sampled once more, alone. One that an update leaves as it was, to the last bit, comes from a sampler that has not seen it.
     (Beside others in a batch, as it was drawn first, the last bits are others anyway.)"""
-    return evaluate.generate(student, tokenizer, [sample.prefix_ids], args.max_new_tokens, args.temperature, [sample.seed], return_logps=True)
+    return evaluate.generate(run.models.student, run.tokenizer, [sample.prefix_ids], args.max_new_tokens, args.temperature, [sample.seed],
+                             return_logps=True)
 
 
-# ---------------------------------------------------------------------------------------------------
-# Checkpoints: one safetensors file of weights, Adam's moments and the step, written aside and renamed
-
+# ---- Checkpoints: one safetensors file of weights, Adam's moments and the step, written aside and renamed ----
 def save(run, args):
     """Write the model (or its PEFT adapter) at the top of the run folder, and the checkpoint, keeping the previous one. The checkpoint comes
     last: a run killed in between does the step again, and writes both."""
-    state = {f"weight/{name}": p.detach() for name, p in run.names.items()} | {"history": torch.from_numpy(np.concatenate([*run.history, [0.0]]))}
+    state = {"history": torch.from_numpy(np.concatenate([*run.history, [0.0]]))}
     for name, p in run.names.items():
-        state |= {f"{key}/{name}": value for key, value in run.optimizer.state.get(p, {}).items()}
+        state |= {f"{key}/{name}": value for key, value in [("weight", p.detach()), *run.optimizer.state.get(p, {}).items()]}
     path, aside = (os.path.join(args.out, name) for name in ("checkpoint.safetensors", "model.tmp"))
     metadata = {"step": str(run.step), "tokens": str(run.tokens), "args": json.dumps(vars(args))}
     try:
@@ -699,8 +600,9 @@ def save(run, args):
 
 def find_checkpoint(args):
     """The run folder's last whole checkpoint, opened. Raises InputError where there is none, or one of other settings."""
-    paths = [os.path.join(args.out, f"checkpoint{kind}.safetensors") for kind in ("", ".previous")]  # a kill between two renames leaves the latter
-    for path in (paths := list(filter(os.path.exists, paths))):
+    names = "checkpoint.safetensors", "checkpoint.previous.safetensors"  # a kill between two renames leaves the latter alone
+    paths = [path for path in (os.path.join(args.out, name) for name in names) if os.path.exists(path)]
+    for path in paths:
         try:
             state = safe_open(path, "pt")
             saved = json.loads(state.metadata()["args"])
@@ -760,67 +662,34 @@ def open_run(args, start):
         os.rename(args.out, aside)
         print(f"moved the earlier run of this name to {aside}")
     os.makedirs(args.out, exist_ok=True)
-    logs = []
-    for path in (os.path.join(args.out, name) for name in ("log.jsonl", "rollouts.jsonl")):
-        if os.path.exists(path):
-            drop_torn_line(path)
-            with open(path, encoding="utf-8") as lines:
-                kept = [line for line in lines if json.loads(line)["step"] < start]
-            with open(path + ".tmp", "w", encoding="utf-8") as out:
-                out.writelines(kept)
-            os.replace(path + ".tmp", path)
-        logs.append(open(path, "a", encoding="utf-8", buffering=1))
-    return logs
+    return [continue_jsonl(os.path.join(args.out, name), lambda row: row["step"] < start) for name in ("log.jsonl", "rollouts.jsonl")]
 
 
-def dump(samples, path):
-    """Append samples to a JSONL file, to be looked at."""
-    with open(path, "a", encoding="utf-8") as out:
-        out.writelines(json.dumps(vars(s), default=lambda x: x.tolist()) + "\n" for s in samples)
-
-
-# ---------------------------------------------------------------------------------------------------
-# What a step has to say
-
+# ---- What a step has to say ----------------------------------------------------------------------
 def mean(values, of=np.mean):
     """Mean, or another figure, of what is a number; nan where nothing is."""
     values = [v for v in values if v is not None and v == v]
     return float(of(values)) if values else math.nan
 
 
-def peak_memory():
-    """MiB at most in use so far: by CUDA's allocator, else by the process (of which getrusage would tell its parent's, too)."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2 ** 20
-    if os.path.exists("/proc/self/status"):
-        with open("/proc/self/status") as status:
-            return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20  # bytes on macOS
-
-
-def report(step, parts, clock, tokens, args):
-    """The figures of one step over all ranks, as README defines them: one object of log.jsonl.
-
-    parts    every rank's (samples, figures of groups, generated tokens, stats of the update)
-    """
+def report(run, parts, clock, args):
+    """The figures of one step over all ranks, as README defines them: one object of log.jsonl. `parts` are every rank's (samples,
+    figures of groups, generated tokens, stats of the update)."""
     samples, figures = ([x for part in parts for x in part[k]] for k in (0, 1))
-    stats = {name: [x for part in parts for x in part[3][name]] for name in parts[0][3]}
     generated = sum(part[2] for part in parts)
-    row = dict(step=step, loss=sum(stats["loss"]), length=mean([len(s.completion_ids) for s in samples]), tokens=tokens + generated)
+    stats = {name: [x for part in parts for x in part[3][name]] for name in parts[0][3]}
+    row = dict(step=run.step, loss=sum(stats["loss"]), length=mean([len(s.completion_ids) for s in samples]), tokens=run.tokens + generated)
     if figures:
         row |= {name: mean([f.get(name) for f in figures]) for name in
                 ("reward", "dead", "sat", "sat_pair", "sat_triplet", "sat_all", "dropped", "adv_var", "adv_var_scaled", "fallback")}
         row |= dict(sat_sd=mean([f.get("sat") for f in figures], np.std), truncated=mean([s.truncated for s in samples]),
                     entropy=-mean([x for s in samples for x in s.sampler_logps]), gap=mean(stats["gap"]), gap_max=mean(stats["gap"], max))
-    if stats["kl"]:
-        row["kl"] = mean(stats["kl"])
-    if stats["critic_loss"]:
-        row["critic_loss"] = sum(stats["critic_loss"])
+    row |= {name: of(stats[name]) for name, of in (("kl", mean), ("critic_loss", sum)) if stats[name]}
     if stats["log_weight"]:
         weights = np.exp(np.minimum(stats["log_weight"], math.log(args.weight_clip)))
         row |= dict(ess=weights.sum() ** 2 / (weights ** 2).sum() / len(weights), clipped=float(np.mean(weights >= args.weight_clip * 0.999)))
     return row | dict(tokens_per_s=generated / (clock[2] - clock[0]), seconds_rollout=clock[1] - clock[0],
-                      seconds_update=clock[2] - clock[1], peak_memory_mb=peak_memory())
+                      seconds_update=clock[2] - clock[1], peak_memory_mb=evaluate.peak_memory())
 
 
 def write_logs(logs, row, samples, tokenizer, args):
@@ -828,7 +697,7 @@ def write_logs(logs, row, samples, tokenizer, args):
     log, rollouts = logs
     log.write(json.dumps({key: value if math.isfinite(value) else None for key, value in row.items()}) + "\n")
     if args.rollouts_every and row["step"] % args.rollouts_every == 0:
-        for s in sorted(samples, key=lambda s: s.group):
+        for s in samples:
             texts = dict(prefix=tokenizer.decode(s.prefix_ids), completion=tokenizer.decode(s.completion_ids))
             figures = dict(reward=s.reward, value=s.value, advantage=float(np.mean(s.advantage)), truncated=s.truncated)
             rollouts.write(json.dumps(dict(step=row["step"], group=s.group, node=s.node, **texts, **figures), ensure_ascii=False) + "\n")
@@ -837,12 +706,11 @@ def write_logs(logs, row, samples, tokenizer, args):
 def progress_line(row, done, seconds, args):
     """One step as one line: what a person watches. `done` is the run's share, `seconds` what is left of it."""
     of = "" if args.max_tokens else f"/{args.steps}"
+    formats = dict(reward=".2f", dead=".2f", entropy=".2f", truncated=".2f", gap=".2g", kl=".2g", critic_loss=".2g", ess=".2g")
     parts = [f"step {row['step'] + 1}{of} {int(100 * min(done, 1)):3d} %", f"loss {row['loss']:+.3f}"]
-    if "reward" in row:
-        parts += [f"{name} {row[name]:.2f}" for name in ("reward", "dead", "entropy", "truncated")]
-    parts += [f"{name} {row[name]:.2g}" for name in ("gap", "kl", "critic_loss", "ess") if name in row and row[name] == row[name]]
-    parts += [f"length {row['length']:.0f}", f"grad {row['grad_norm']:.2f}", f"{row['tokens_per_s']:.0f} tok/s"]
-    parts += [f"ETA {int(seconds) // 60}:{int(seconds) % 60:02d}"]
+    parts += [f"{name} {row[name]:{form}}" for name, form in formats.items() if not math.isnan(row.get(name, math.nan))]
+    parts += [f"length {row['length']:.0f}", f"grad {row['grad_norm']:.2f}", f"{row['tokens_per_s']:.0f} tok/s",
+              f"ETA {int(seconds) // 60}:{int(seconds) % 60:02d}"]
     dead = row.get("dead") == 1 and not row["grad_norm"]
     return " | ".join(parts) + "  every group is dead: equal rewards, nothing to learn from" * dead
 

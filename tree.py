@@ -49,6 +49,18 @@ def leave_on_signals():
         signal.signal(number, leave)
 
 
+def stop_on_signals():
+    """A list that SIGTERM and Ctrl-C write to, for a loop that ends by itself when it has finished what it does. A second one ends it at once."""
+    stopped = []
+
+    def note(number, _):
+        stopped.append(number)
+        signal.signal(number, signal.SIG_DFL)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, note)
+    return stopped
+
+
 def run_command(main):
     """Run a script's `main`; an InputError, or a file that cannot be read or written, becomes one line on stderr and exit status 2."""
     leave_on_signals()
@@ -147,6 +159,15 @@ def write_jsonl(rows, path):
     with open(path + ".tmp", "w", encoding="utf-8") as out:
         out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     os.replace(path + ".tmp", path)
+
+
+def continue_jsonl(path, keep):
+    """A JSONL file opened to append whole lines, without a torn last one and without the rows that `keep` refuses."""
+    if os.path.exists(path):
+        drop_torn_line(path)
+        with open(path, encoding="utf-8") as lines:
+            write_jsonl([row for row in map(json.loads, lines) if keep(row)], path)
+    return open(path, "a", encoding="utf-8", buffering=1)
 
 
 def printable(text):
@@ -332,6 +353,14 @@ def read_trees(paths, skip_bad=False):
     return list(trees.values())
 
 
+def read_solutions(path, skip_bad=False):
+    """The solutions to learn by heart, (question, steps) each, of a JSONL file of traces and searches. InputError where there are none."""
+    solutions = [solution for solutions in read_jsonl(path, parse_traces, skip_bad) for solution in solutions]
+    if not solutions:
+        raise InputError(f"no solution in {path} came to a right answer; there is nothing to learn by heart.")
+    return solutions
+
+
 def write_trees(trees, path):
     columns = lambda tree: zip(tree.parent, tree.steps, tree.depth().tolist(), tree.visits, tree.value)
     write_jsonl(({"id": tree.id, "question": tree.question, "answer": tree.answer, "nodes": [
@@ -358,6 +387,13 @@ def tokenize(trees, encode, max_prompt):
 
 
 # --- Groups
+def shuffled(place, count, seed):
+    """Which of `count` items comes at `place` in endless passes over them, each pass in an order of its own."""
+    epoch, place = divmod(place, count)
+    # numpy takes a seed that ends in zeros for the shorter one: this one ends in 1, for it shall be nobody else's
+    return np.random.default_rng((seed, epoch, 0, 0, 1)).permutation(count)[place]
+
+
 def sample_group(tree, size, group, rng, root=True):
     """Draw the prefixes of one group from one problem's tree.
 

@@ -69,8 +69,7 @@ def build(args, rank=16):
     flags = ["--model", args.model, "--trees", args.trees, "--eval_every", "0", "--batch_size", str(args.batch_size), "--group_size", str(args.group_size),
              "--max_new_tokens", str(args.new_tokens), "--max_prompt", str(args.max_prompt), "--micro_tokens", str(args.micro_tokens), "--lora_rank", str(rank)]
     knobs = train.parse_args(flags)
-    _, _, device = evaluate.distributed()
-    run, trees, _ = train.set_up(knobs, device)
+    run, trees, _ = train.set_up(knobs, *evaluate.distributed())
     torch.set_num_threads(args.threads)  # loading a small model set it to one
     return knobs, run.models.student, run.tokenizer, trees
 
@@ -183,7 +182,7 @@ def only(args):
         model = optimizer = None  # it loads its own
     for _ in range(1 if args.only == "trl_step" else 3):
         work()
-    print(train.peak_memory())
+    print(evaluate.peak_memory())
 
 
 def main():
