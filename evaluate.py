@@ -365,16 +365,16 @@ def step_starts(model, tokenizer, ids):
     return [0, *(np.flatnonzero(blank[:-1]) + 1).tolist()]
 
 
-def check_vocabulary(teacher, student, trust_remote_code=False):
+def check_vocabulary(other, student, trust_remote_code=False):
     """InputError where the two do not read the same tokens: their next-token distributions could not be compared. Reads tokenizers alone."""
     try:
-        ours, theirs = (AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code).get_vocab() for model in (student, teacher))
+        ours, theirs = (AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code).get_vocab() for model in (student, other))
     except Exception as error:  # damaged files raise whatever their readers happen to
-        raise InputError(f"the tokenizer of {student} or of {teacher} cannot be loaded: {' '.join(str(error).split())[:300]}") from None
+        raise InputError(f"the tokenizer of {student} or of {other} cannot be loaded: {' '.join(str(error).split())[:300]}") from None
     if ours != theirs:
         token = next(token for token in (*ours, *theirs) if ours.get(token) != theirs.get(token))
-        raise InputError(f"the teacher {teacher} has another vocabulary than the student {student}: {len(theirs)} tokens and {len(ours)}; {shorten(token)} is "
-                         f"{shorten(theirs.get(token))} there and {shorten(ours.get(token))} here. Expected a teacher with the student's tokenizer.")
+        raise InputError(f"the model {other} has another vocabulary than the student {student}: {len(theirs)} tokens and {len(ours)}; {shorten(token)} is "
+                         f"{shorten(theirs.get(token))} there and {shorten(ours.get(token))} here. Expected a teacher or critic with the student's tokenizer.")
 
 
 def out_of_memory(error):
@@ -392,11 +392,12 @@ def peak_memory():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20  # bytes on macOS
 
 
-def load_critic(path, device):
+def load_critic(path, device, trust_remote_code=False):
     """A decoder with a value head, one number a token (App. B's critic): the model at `path` with a fresh head, every weight float32 and
     trainable. Raises InputError where there is no such model."""
     try:
-        critic = AutoModelForTokenClassification.from_pretrained(path, num_labels=1, dtype=torch.float32, attn_implementation="sdpa", use_safetensors=True)
+        critic = AutoModelForTokenClassification.from_pretrained(path, num_labels=1, dtype=torch.float32, attn_implementation="sdpa",
+                                                                 use_safetensors=True, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"the critic {path} cannot be loaded: {' '.join(str(error).split())[:300]} Expected a decoder's folder or hub name.") from None
     critic.requires_grad_(True).to(device).eval()  # eval: no dropout before the head

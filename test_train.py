@@ -864,7 +864,7 @@ def test_out_of_memory_in_the_update_is_one_line(world, monkeypatch, capsys):
                 train.update(train.Models(policy), optimizer, samples, scale, 1.0, args)
             continue
         stats, norm = train.update(train.Models(policy), optimizer, samples, scale, 1.0, args)
-        said = capsys.readouterr().out.count("out of memory in the update")
+        said = capsys.readouterr().out.count("out of memory")
         assert said == {10 ** 9: 0, size // 2: 1}.get(room, said) and (room > size or args.micro_tokens <= size // 2)
         parts.append((sum(stats["loss"]), norm))
     assert said > 1 and np.allclose(parts, parts[0], rtol=1e-4)
@@ -911,6 +911,46 @@ def test_where_a_run_cannot_be_put(world, monkeypatch):
     monkeypatch.undo()
     here(world, "void", "--steps", 1, "--eval_every", 0)
     assert (world / "file").read_text() == (world / "things" / "mine.txt").read_text() == "mine" and (world / "void" / "log.jsonl").exists()
+
+
+def test_the_student_and_its_moments_wait_for_the_critic(world):
+    """Steps with zero gradients would age Adam's moments: the student's first real update would come out at half its size."""
+    from safetensors import safe_open
+    train.train(train.parse_args(["--model", str(world / "policy"), "--trees", str(world / "trees.jsonl"), "--eval_every", "0", "--steps", "2", "--group_size", "4",
+                                  "--batch_size", "8", "--max_new_tokens", "12", "--critic", str(world / "model"), "--critic_warmup", "2", "--out", str(world / "waits")]))
+    with safe_open(str(world / "waits" / "checkpoint.safetensors"), "pt") as state:
+        moved = {name for name in state.keys() if name.startswith("exp_avg/")}
+    assert moved and all(name.startswith("exp_avg/critic.") for name in moved)
+    assert max(value.abs().max() for name, value in adapter(world / "waits").items() if "lora_B" in name) == 0
+
+
+def test_out_of_memory_while_steps_are_credited_halves_the_passes(world, monkeypatch, capsys):
+    """The critic's and the teacher's passes before the update are as large as those in it."""
+    values, sizes = evaluate.step_values, []
+
+    def short(critic, members, rows):
+        sizes.append(sum(len(row[0]) for row in rows))
+        if len(sizes) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return values(critic, members, rows)
+    monkeypatch.setattr(evaluate, "step_values", short)
+    train.train(train.parse_args(["--model", str(world / "policy"), "--trees", str(world / "trees.jsonl"), "--eval_every", "0", "--steps", "1", "--group_size", "4",
+                                  "--batch_size", "8", "--max_new_tokens", "12", "--critic", str(world / "model"), "--out", str(world / "narrow")]))
+    assert capsys.readouterr().out.count("out of memory") == 1 and max(sizes[1:]) < sizes[0]
+
+
+def test_evaluations_that_a_resume_makes_old_are_made_anew(world):
+    """eval-K beyond the checkpoint may be another policy's; and before and after on different problems are not compared."""
+    flags = ["--model", str(world / "policy"), "--trees", str(world / "trees.jsonl"), "--eval_new_tokens", "12", "--max_new_tokens", "12", "--group_size", "4",
+             "--batch_size", "8", "--eval_every", "1", "--save_every", "1", "--out", str(world / "stale")]
+    (world / "stale").mkdir()  # an empty folder is no earlier run
+    train.train(train.parse_args([*flags, "--steps", "1", "--eval_data", str(world / "test.jsonl")]))
+    assert not (world / "stale.1").exists()
+    (world / "stale" / "eval-2.jsonl").write_text("stale")
+    other = world / "other.jsonl"
+    other.write_text((world / "test.jsonl").read_text().replace('"t', '"u'))
+    train.train(train.parse_args([*flags, "--steps", "2", "--resume", "--force", "--eval_data", str(other)]))
+    assert evaluate.read_scores(str(world / "stale" / "eval-2.jsonl")).keys() == {f"u{k}" for k in range(len(QUESTIONS))}
 
 
 MISTAKES = [

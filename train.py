@@ -18,6 +18,7 @@ The methods that the paper compares with (Tables 1 and 2) differ in three places
 import json
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -38,6 +39,7 @@ import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from transformers import get_cosine_schedule_with_warmup
 
 import advantage
 import evaluate
@@ -211,10 +213,8 @@ class Run:
 
     def lr_share(self, args):
         """The learning rate of the step to come, as a share of its peak: up for 3 % of the run, then down a cosine to 0."""
-        step, warm_up = self.share(args) * args.steps + 1, max(1, round(0.03 * args.steps))
-        if step < warm_up:
-            return step / warm_up
-        return max(0.0, 0.5 * (1 + math.cos(math.pi * ((step - warm_up) / max(1, args.steps + 1 - warm_up)))))
+        schedule = get_cosine_schedule_with_warmup(self.optimizer, max(1, round(0.03 * args.steps)), args.steps + 1)
+        return schedule.lr_lambdas[0](self.share(args) * args.steps + 1)  # its own count of steps would not do with --max_tokens
 
 
 # ---- Roll out: groups of prefixes, completions, rewards, advantages ------------------------------
@@ -303,7 +303,7 @@ def make_batch(run, data, args):
     else:
         samples, figures, generated = rollout(run, data, args)
         if args.critic or args.reward == "teacher":
-            credit_steps(samples, run.models, run.tokenizer, args)
+            with_less_memory(lambda: credit_steps(samples, run.models, run.tokenizer, args), samples, args, run.rank)
         elif args.reward == "none":
             for s in samples:
                 s.advantage = 0.0
@@ -388,19 +388,13 @@ def accumulate(models, samples, scale, args, warm_up=False):
 def update(models, optimizer, samples, scale, lr_share, args, rank=0, warm_up=False):
     """`--epochs` steps of AdamW, at `lr_share` of the peak rates, on the loss of the whole batch. Returns this rank's figures of the first,
     and the gradient's norm."""
+    def gradient():
+        optimizer.zero_grad()
+        return accumulate(models, samples, scale, args, warm_up)
     figures = []
     for _ in range(args.epochs):
         models.student.train()
-        while True:
-            try:
-                stats = accumulate(models, samples, scale, args, warm_up)
-                break
-            except RuntimeError as error:
-                if not evaluate.out_of_memory(error) or args.micro_tokens == 1:
-                    raise
-                optimizer.zero_grad()
-                args.micro_tokens = max(1, min(args.micro_tokens, sum(len(s.prefix_ids) + len(s.completion_ids) for s in samples)) // 2)
-                print(f"rank {rank}: out of memory in the update; going on with --micro_tokens {args.micro_tokens}, the same objective", flush=True)
+        stats = with_less_memory(gradient, samples, args, rank)
         models.student.eval()
         groups = [group["params"] for group in optimizer.param_groups]
         all_reduce_gradients([p for params in groups for p in params], poison=bool(stats["bad"]))
@@ -408,6 +402,8 @@ def update(models, optimizer, samples, scale, lr_share, args, rank=0, warm_up=Fa
         if all(map(math.isfinite, norms)):
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * lr_share
+            for p in groups[0] if warm_up else ():  # the student waits, and so do its moments
+                p.grad = None
             optimizer.step()
         else:  # the same on every rank
             concerned = stats["bad"] if any(gather(bool(stats["bad"]))) else samples  # of the latter each loss is finite, some gradient not
@@ -420,6 +416,18 @@ def update(models, optimizer, samples, scale, lr_share, args, rank=0, warm_up=Fa
         optimizer.zero_grad()
         figures.append((stats, norms[0]))
     return figures[0]
+
+
+def with_less_memory(work, samples, args, rank):
+    """work(); where memory runs out, work() again with half as many tokens a forward pass. The objective does not know."""
+    while True:
+        try:
+            return work()
+        except RuntimeError as error:
+            if not evaluate.out_of_memory(error) or args.micro_tokens == 1:
+                raise
+        args.micro_tokens = max(1, min(args.micro_tokens, sum(len(s.prefix_ids) + len(s.completion_ids) for s in samples)) // 2)
+        print(f"rank {rank}: out of memory; going on with --micro_tokens {args.micro_tokens}, the same objective", flush=True)
 
 
 def all_reduce_gradients(params, poison=False):
@@ -465,7 +473,7 @@ def train(args):
         # 4. update; the first one must show in a completion that is drawn again
         watched = samples[0] if samples and figures and not seen and args.behaviour == "student" else None
         before = watched and draw_again(run, watched, args)
-        torch.manual_seed(int(np.random.default_rng((args.seed, run.step, rank)).integers(2 ** 63)))  # of dropout
+        torch.manual_seed(int(np.random.default_rng((args.seed, run.step, rank, 0, 2)).integers(2 ** 63)))  # of dropout
         warm_up, lr_share = args.critic and run.step < args.critic_warmup, run.lr_share(args)
         stats, grad_norm = update(run.models, run.optimizer, samples, scale, lr_share, args, rank, warm_up)
         if watched and 0 < grad_norm < math.inf:
@@ -502,8 +510,8 @@ def train(args):
 # ---- Set up. From here on it is housekeeping: data, models, checkpoints, logs. -------------------
 def load_models(args, device):
     """(Models, the student's tokenizer). The student is what learns: an adapter on it, or with --lora_rank 0 all of its weights."""
-    if args.teacher:
-        evaluate.check_vocabulary(args.teacher, args.model, args.trust_remote_code)
+    for other in filter(None, (args.teacher, args.critic)):
+        evaluate.check_vocabulary(other, args.model, args.trust_remote_code)
     torch.manual_seed(args.seed)  # the fresh adapter's A, the critic's head
     load = partial(evaluate.load, device=device, trust_remote_code=args.trust_remote_code)
     student, tokenizer = load(args.model, args.adapter, trainable=True)
@@ -513,7 +521,7 @@ def load_models(args, device):
         student = get_peft_model(student, LoraConfig(r=args.lora_rank, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout,
                                                      target_modules="all-linear", task_type="CAUSAL_LM"))
     teacher = load(args.teacher, args.teacher_adapter)[0].requires_grad_(False) if args.teacher else None
-    return Models(student, teacher, evaluate.load_critic(args.critic, device) if args.critic else None), tokenizer
+    return Models(student, teacher, evaluate.load_critic(args.critic, device, args.trust_remote_code) if args.critic else None), tokenizer
 
 
 def set_up(args, rank, world, device):
@@ -563,8 +571,10 @@ def finish(args, step, minutes):
     """Say what came out: before against after on the same problems."""
     print(f"{step} steps done, {minutes:.1f} minutes since the start or the resume; the model is in {args.out}")
     paths = [os.path.join(args.out, f"eval-{k}.jsonl") for k in (0, step)]
-    if all(map(os.path.exists, paths)):  # a resumed run may have been told to evaluate only then
-        print(f"greedy accuracy before and after: {evaluate.compare(*(list(evaluate.read_scores(path).values()) for path in paths))}")
+    if all(map(os.path.exists, paths)):  # a resumed run may have been told to evaluate only then, or on other problems
+        before, after = map(evaluate.read_scores, paths)
+        if before.keys() & after.keys():
+            print(f"greedy accuracy before and after: {evaluate.compare(list(before.values()), list(after.values()))}")
 
 
 def draw_again(run, sample, args):
@@ -656,12 +666,15 @@ def check_folder(args):
 
 def open_run(args, start):
     """Make the run folder and open log.jsonl and rollouts.jsonl to append. An earlier run of the name is moved aside,
-    never overwritten; a resumed one loses the lines of the steps that it does again."""
-    if not args.resume and os.path.exists(args.out):
+    never overwritten; a resumed one loses the lines and the evaluations of the steps that it does again."""
+    if not args.resume and os.path.exists(args.out) and os.listdir(args.out):
         aside = next(f"{args.out}.{k}" for k in range(1, 10 ** 6) if not os.path.exists(f"{args.out}.{k}"))
         os.rename(args.out, aside)
         print(f"moved the earlier run of this name to {aside}")
     os.makedirs(args.out, exist_ok=True)
+    for name in os.listdir(args.out):
+        if (scored := re.fullmatch(r"eval-(\d+)\.jsonl", name)) and int(scored[1]) > start:
+            os.remove(os.path.join(args.out, name))
     return [continue_jsonl(os.path.join(args.out, name), lambda row: row["step"] < start) for name in ("log.jsonl", "rollouts.jsonl")]
 
 
