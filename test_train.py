@@ -953,6 +953,20 @@ def test_evaluations_that_a_resume_makes_old_are_made_anew(world):
     assert evaluate.read_scores(str(world / "stale" / "eval-2.jsonl")).keys() == {f"u{k}" for k in range(len(QUESTIONS))}
 
 
+def test_two_runs_in_one_folder_are_kept_apart(world):
+    """The same command in two terminals: the second one moved the first one's folder aside while it wrote there."""
+    process = command(world, *short(world, "shared", "--steps", "500"), background=True)
+    try:
+        next(line for line in process.stdout if line.startswith("step 2/"))
+        for flags in ([], ["--resume"]):
+            assert "another run is at work" in command(world, *short(world, "shared", "--steps", "500", *flags), check=False)
+    finally:
+        process.kill()
+        process.communicate()
+    assert not (world / "shared.1").exists()
+    command(world, *short(world, "shared", "--steps", "2"))  # a killed run holds nothing
+
+
 MISTAKES = [
     (["--trees", "nowhere.jsonl"], "there is no file nowhere.jsonl"), (["--lr", "-1"], "--lr"), (["--batch_size", "9"], "--batch_size"),
     (["--alpha", "2"], "--alpha"), (["--alpha", "-0.1"], "--alpha"), (["--resume", "--out", "unheard_of"], "no checkpoint"), (["--batch_size", "0"], "--batch_size"),

@@ -15,6 +15,7 @@ The methods that the paper compares with (Tables 1 and 2) differ in three places
     torchrun --nproc_per_node 8 train.py --preset paper --trees out/gsm8k_trees.jsonl --baseline expectation
     python train.py --resume                                          # go on where the default run was stopped
 """
+import fcntl
 import json
 import math
 import os
@@ -452,8 +453,8 @@ def train(args):
     if rank == 0:
         check_folder(args)
     run, data, problems = set_up(args, rank, world, device)
+    logs = open_run(args, run.step) if rank == 0 else []
     if rank == 0:
-        logs = open_run(args, run.step)
         trainable = sum(p.numel() for p in run.models.student.parameters() if p.requires_grad)
         print(f"{trainable:,} trainable of {sum(p.numel() for p in run.models.student.parameters()):,} weights on {world} x {device.type}, "
               f"{len(data)} problems, {args.group} groups -> {args.out}")
@@ -496,6 +497,8 @@ def train(args):
             # 6. save
             if run.share(args) >= 1 or args.save_every and run.step % args.save_every == 0:
                 save(run, args)
+    for log in logs:
+        log.close()
     if rank == 0 and stop:
         save(run, args)
         print(f"stopped after step {run.step}, which is saved; the same command with --resume goes on", flush=True)
@@ -662,6 +665,20 @@ def check_folder(args):
     elif not args.resume and os.listdir(args.out) and not os.path.exists(os.path.join(args.out, "log.jsonl")):
         raise InputError(f"the folder --out {args.out} holds something else than a run. "
                          "Expected an earlier run, which is moved aside, an empty folder, or none.")
+    log = os.path.join(args.out, "log.jsonl")
+    if os.path.exists(log):
+        with open(log, "a", encoding="utf-8") as file:
+            claim(file, args)
+
+
+def claim(log, args):
+    """Lock a run's log for as long as it is open. InputError where another run holds it: two in one folder would spoil each other's work."""
+    try:
+        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"another run is at work in {args.out}. Wait for its end, stop it, or choose another --out.") from None
+    except OSError:
+        pass  # a file system without locks
 
 
 def open_run(args, start):
@@ -675,7 +692,9 @@ def open_run(args, start):
     for name in os.listdir(args.out):
         if (scored := re.fullmatch(r"eval-(\d+)\.jsonl", name)) and int(scored[1]) > start:
             os.remove(os.path.join(args.out, name))
-    return [continue_jsonl(os.path.join(args.out, name), lambda row: row["step"] < start) for name in ("log.jsonl", "rollouts.jsonl")]
+    logs = [continue_jsonl(os.path.join(args.out, name), lambda row: row["step"] < start) for name in ("log.jsonl", "rollouts.jsonl")]
+    claim(logs[0], args)
+    return logs
 
 
 # ---- What a step has to say ----------------------------------------------------------------------
