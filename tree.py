@@ -74,6 +74,9 @@ def run_command(main):
         kept = ". What was written before is intact" if isinstance(error, OSError) and not error.filename else ""  # a full disk
         print(printable(f"{os.path.basename(sys.argv[0])}: {error}{kept}"), file=sys.stderr)
         sys.exit(2)
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):  # all is written; an exception would only be shown while the interpreter ends
+            signal.signal(number, lambda number, _: os._exit(128 + number))
 
 
 def arguments(description):
