@@ -75,8 +75,8 @@ def run_command(main):
         print(printable(f"{os.path.basename(sys.argv[0])}: {error}{kept}"), file=sys.stderr)
         sys.exit(2)
     finally:
-        for number in (signal.SIGINT, signal.SIGTERM):  # all is written; an exception would only be shown while the interpreter ends
-            signal.signal(number, lambda number, _: os._exit(128 + number))
+        for number in (signal.SIGINT, signal.SIGTERM):  # all is done; what comes now would only be a traceback while the interpreter ends
+            signal.signal(number, signal.SIG_IGN)
 
 
 def arguments(description):
