@@ -63,6 +63,7 @@ def stop_on_signals():
 
 def run_command(main):
     """Run a script's `main`; an InputError, or a file that cannot be read or written, becomes one line on stderr and exit status 2."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     leave_on_signals()
     sys.stdout.reconfigure(errors="replace", line_buffering=True)  # a terminal without our box characters; whole lines before a signal
     try:
@@ -74,9 +75,9 @@ def run_command(main):
         kept = ". What was written before is intact" if isinstance(error, OSError) and not error.filename else ""  # a full disk
         print(printable(f"{os.path.basename(sys.argv[0])}: {error}{kept}"), file=sys.stderr)
         sys.exit(2)
-    finally:
-        for number in (signal.SIGINT, signal.SIGTERM):  # all is done; what comes now would only be a traceback while the interpreter ends
-            signal.signal(number, signal.SIG_IGN)
+    finally:  # a script has done all it does, and a signal would only be a traceback while the interpreter ends; a caller gets its handlers back
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_IGN if main.__module__ == "__main__" else handler)
 
 
 def arguments(description):
