@@ -42,6 +42,7 @@ def leave_on_signals():
             os.write(2, f"\n{os.path.basename(sys.argv[0])}: stopped by {signal.Signals(number).name}; what was finished is kept.\n".encode())
             os._exit(128 + number)
         atexit.register(end)
+        sys.unraisablehook = lambda _: None  # the exit may fall into a destructor, which would show it as a traceback
         signal.signal(signal.SIGALRM, end)
         signal.alarm(3)  # libraries swallow an exit here and there
         sys.exit(128 + number)
