@@ -1,1028 +1,926 @@
 """
-A policy, its completions, whether they are right, and its score on a data set.
+A policy: load it, write its prompts, sample its completions, and score it on a data set.
 
-What differs from model.generate and from the usual graders:
-1. Tokens that prompts share are prefilled once, and each sample has its own random numbers: a completion depends on its
-   seed alone, whatever stands beside it in the batch. All sampling knobs are set, the model's own defaults ignored.
-2. Completions are lists of the ids that were sampled, EOS kept: they are trained on as they are.
-3. The grader reads answers as mathematics with a parser of its own. It is two fifths of this file, and long on purpose: the
-   reward is all that the student ever learns from, and a wrong one teaches silently.
+What differs from `model.generate`:
+1. Tokens that prompts share are prefilled once, for the prefixes of a tree share most of theirs.
+2. Each completion has random numbers of its own: it depends on its seed, not on its neighbours.
+3. Completions are lists of the ids that were sampled, end token kept: they are trained on as they
+   are. All sampling knobs are set; of the model's own generation_config only the end ids are read.
 
-    python evaluate.py --model Qwen/Qwen2.5-1.5B-Instruct --adapter out/gsm8k --data data/gsm8k/test.jsonl --samples 8
-    python evaluate.py --compare out/before.jsonl out/after.jsonl       # two scorings of the same problems, paired
+    python evaluate.py --model Qwen/Qwen2.5-1.5B-Instruct --adapter out/gsm8k \
+        --data data/gsm8k/test.jsonl --samples 8
+    torchrun --nproc_per_node 8 evaluate.py ...                    # each rank scores its share
+    python evaluate.py --compare out/before.jsonl out/after.jsonl  # the same problems, paired
 """
-import cmath
-import ctypes
 import json
 import math
-import operator
 import os
-import re
-import resource
 import signal
 import sys
 import warnings
-from collections import Counter
-from contextlib import contextmanager
 from datetime import timedelta
-from fractions import Fraction
-from functools import lru_cache
-from itertools import islice
+from functools import lru_cache, partial
+from typing import NamedTuple
 from zlib import crc32
 
-from tree import (BLANK_LINE, JOIN, InputError, arguments, at_least, drop_torn_line, leave_on_signals, pack, printable, read_jsonl,
-                  read_problems, run_command, shorten, take)
-
-if __name__ == "__main__":
-    leave_on_signals()  # torch takes seconds to import
+PARENT = os.getppid()  # before torch is imported, which takes seconds; see `distributed`
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from peft import PeftModel, get_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
+from scipy.stats import binomtest
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer, DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers import (AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer,
+                          DynamicCache)
 from transformers.utils import logging
 
-logging.set_verbosity_error()
-logging.disable_progress_bar()
-warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")  # their affairs, not the user's
+from data.grade import equal, extract_answer, is_correct
+from tree import (BLANK_LINE, JOIN, InputError, append_jsonl, arguments, at_least, continue_jsonl,
+                  get_field, lock, pack, printable, read_jsonl, read_problems, rng, run_command,
+                  shorten)
 
-# ---------------------------------------------------------------------------------------------------
-# The policy
+logging.set_verbosity_error()
+warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
 
 INSTRUCTION = ("Solve the problem step by step. Separate the steps by blank lines. "
                "End with \"The answer is \\boxed{...}.\"")
+FIXED_DATE = "{% macro strftime_now(format) %}01 Jan 2025{% endmacro %}{{ '' }}"
+BASE_WEIGHTS = "base_weights.json"  # beside an adapter: the checksum of the weights it is for
 
 
+# ---- Ranks ---------------------------------------------------------------------------------------
 def distributed():
     """(rank, world size, device) of this process; joins the others where torchrun started several."""
-    rank, world, local = (int(os.environ.get(name, default)) for name, default in
-                          (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":  # else a torchrun that is killed leaves its ranks at work, beside those of the next
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    if world > 1 and not torch.distributed.is_initialized():
-        # a rank that has finished waits as long as the others need; torchrun ends all where one dies
-        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=7))
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        import ctypes  # a rank must not train on when torchrun itself is killed
+        PR_SET_PDEATHSIG = 1
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != PARENT:
+            sys.exit("torchrun has ended while its ranks were starting")
+    if world > 1 and not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(days=7))  # a slow rank is waited for
     return rank, world, device
 
 
 def gather(item):
     """The list of every rank's item, on every rank."""
-    if not torch.distributed.is_initialized():
+    if not dist.is_initialized():
         return [item]
-    items = [None] * torch.distributed.get_world_size()
+    items = [None] * dist.get_world_size()
     try:
-        torch.distributed.all_gather_object(items, item)
+        dist.all_gather_object(items, item)
     except RuntimeError as error:  # its connection is closed
-        raise InputError(f"rank {torch.distributed.get_rank()} ends, for another rank has ended, whose error is the one to look at "
-                         f"({shorten(str(error), 120)}).") from None
+        raise InputError(f"rank {dist.get_rank()} ends because another rank has ended, whose error "
+                         f"is the one to look at ({shorten(str(error), 120)}).") from None
     return items
 
 
-def load(model, adapter=None, device="cpu", dtype=None, trainable=False, trust_remote_code=False):
-    """A causal language model and its tokenizer, from a folder or the hub, with a PEFT adapter on it if one is named.
+# ---- Loading -------------------------------------------------------------------------------------
+def load(model, adapter=None, device="cpu", dtype=None, trainable=False):
+    """A causal language model and its tokenizer, with a PEFT adapter on it if one is named.
 
-    dtype   default bf16 on CUDA, float32 elsewhere.  Weights are read from safetensors alone.
-    Raises InputError where the folder or the hub has no such model, the tokenizer has no end-of-sequence token, or
-    the adapter belongs to another model.
+    model      a folder that save_pretrained wrote, or a name on the hub; safetensors alone are read
+    dtype      default bf16 on CUDA, float32 elsewhere
+    trainable  whether the adapter is to be trained further
+    Raises InputError where there is no such model, or one that could not be sampled rightly.
     """
     device = torch.device(device)
-    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-    if not os.path.isdir(model) and (os.path.isabs(model) or model.startswith(".") or model.count("/") > 1):
-        raise InputError(f"there is no folder {model}, and it is no hub name either. Expected a folder that "
-                         "save_pretrained wrote, or a name such as Qwen/Qwen2.5-1.5B-Instruct.")
-    try:  # damaged files raise whatever their readers happen to
-        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
-        policy, report = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, attn_implementation="sdpa", use_safetensors=True, output_loading_info=True,
-                                                              ignore_mismatched_sizes=True, trust_remote_code=trust_remote_code)
-        wrong = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
-        if wrong:
-            raise ValueError(f"its weights are not those of its config.json, {wrong[0]} and {len(wrong) - 1} others are missing or of another shape.")
-        encode(tokenizer, "1 + 1")  # a chat template that fails would do so at the first question
-        tokenizer.eos_token_id is None or eos_ids(policy, tokenizer)
-    except Exception as error:
-        raise InputError(f"the model {model} cannot be loaded ({type(error).__name__}): {' '.join(str(error).split())[:300]} Expected a folder with "
-                         "config.json, model.safetensors and the tokenizer's files, or a hub name and a network.") from None
-    if tokenizer.eos_token_id is None:
-        raise InputError(f"the tokenizer of {model} has no end-of-sequence token, so no completion could ever end. "
-                         "Set eos_token in its tokenizer_config.json.")
+    if dtype is None:
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    policy = load_weights(AutoModelForCausalLM, model, dtype)
+    tokenizer = load_tokenizer(model, adapter)
     if len(tokenizer) > policy.get_input_embeddings().num_embeddings:
-        raise InputError(f"the tokenizer of {model} has {len(tokenizer)} tokens, its model embeds only "
-                         f"{policy.get_input_embeddings().num_embeddings}. Expected a matching pair.")
-    if device.type == "cpu" and policy.num_parameters() < 2e7 and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)  # a second thread gains nothing on so small a model, and waits forever where the cores are shared
+        raise InputError(f"the tokenizer of {adapter or model} has {len(tokenizer)} tokens, more "
+                         f"than the model {model} embeds. Expected a matching pair.")
+    small = device.type == "cpu" and policy.num_parameters() < 2e7
+    if small and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)  # a second thread gains nothing on so small a model
     policy.to(device).eval()
-    check_tree_masks(policy)
+    check_tree_masks(policy, model)
     if adapter:
-        for file in ("adapter_config.json", "adapter_model.safetensors"):
-            if not os.path.isfile(os.path.join(adapter, file)):
-                raise InputError(f"there is no {file} in {adapter}. Expected a folder that train.py wrote.")
-        try:
-            with warnings.catch_warnings():  # peft only warns of weights that have no place in the model; here they are compared
-                warnings.simplefilter("ignore")
-                policy = PeftModel.from_pretrained(policy, adapter, is_trainable=trainable)
-            with safe_open(os.path.join(adapter, "adapter_model.safetensors"), "pt") as weights:
-                saved, own = set(weights.keys()), set(get_peft_model_state_dict(policy, save_embedding_layers=False))
-            wrong = sorted(own - saved | {name for name in saved - own if ".lora_" in name})
-            if wrong:
-                raise ValueError(f"the weights {wrong[0]} and {len(wrong) - 1} others stand in one of the two alone.")
-            name = lambda path: os.path.basename(os.path.abspath(path))
-            base = policy.peft_config["default"].base_model_name_or_path
-            if base and name(base) != name(model):
-                raise ValueError(f"it was trained on {base}, by its adapter_config.json.")
-        except Exception as error:
-            raise InputError(f"the adapter {adapter} does not fit the model {model} ({type(error).__name__}): {' '.join(str(error).split())[:200]} "
-                             "Expected the adapter's own base model.") from None
+        policy = load_adapter(policy, model, adapter, trainable).to(device).eval()
     if not all(weight.isfinite().all() for weight in policy.parameters()):
-        raise InputError(f"the model {model} or its adapter has weights that are no finite numbers. Expected others.")
-    return policy.to(device).eval(), tokenizer
+        raise InputError(f"{adapter or model} holds weights that are not finite numbers. Expected "
+                         "a model that has not diverged.")
+    return policy, tokenizer
 
 
-def encode(tokenizer, question, steps=()):
-    """[ids of the prompt, ids of each step]: the concatenation is a prefix, which opens the assistant's turn.
-
-    A step is encoded once, on its own, with its closing blank line, so that "is a prefix of" holds for ids as for text.
-    """
-    if tokenizer.chat_template:
-        turn = [{"role": "user", "content": f"{question}\n\n{INSTRUCTION}"}]
-        text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-        prompt = tokenizer(text, add_special_tokens=False)["input_ids"]  # the template has placed BOS already
-    else:
-        prompt = tokenizer(question + JOIN)["input_ids"]
-    return [prompt] + (tokenizer([step + JOIN for step in steps], add_special_tokens=False)["input_ids"] if steps else [])
-
-
-def encode_solution(tokenizer, question, steps):
-    """(ids of the prompt, ids of the whole completion), which ends the turn after its last step."""
-    prompt, *ids = encode(tokenizer, question, steps[:-1])
-    last = tokenizer(steps[-1], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-    return prompt, [token for step in [*ids, last] for token in step]
-
-
-def fitting(model, tokenizer, problems, skip_bad=False):
-    """The problems whose prompt the model can take: one token or more, and no more than its context. InputError, or `skip_bad`, for the others."""
-    longest, bad = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf, []
-    for problem in problems:
-        length = len(encode(tokenizer, problem["question"])[0])
-        if not 0 < length <= longest:
-            bad.append(problem["id"])
-            said = f"the question of {shorten(problem['id'])} has {length} tokens; expected 1 to {longest}, as this model takes them."
-            if not skip_bad:
-                raise InputError(said + " Shorten it, or pass it over with --skip_bad.")
-            print("skipped:", said, file=sys.stderr)
-    if len(bad) == len(problems):
-        raise InputError(f"none of the {len(problems)} questions has 1 to {longest} tokens, as this model takes them.")
-    return [problem for problem in problems if problem["id"] not in set(bad)]
+def load_weights(auto_class, path, dtype, new_weights=(), **how):
+    """`auto_class.from_pretrained(path)`; InputError unless every weight comes from its files, but
+    for `new_weights`, such as a fresh value head's."""
+    if (os.path.isabs(path) or path.startswith(".") or path.count("/") > 1) \
+            and not os.path.isdir(path):
+        raise InputError(f"there is no folder {path}. Expected one that save_pretrained wrote, or "
+                         "a name on the hub such as Qwen/Qwen2.5-1.5B-Instruct.")
+    read = partial(auto_class.from_pretrained, path, dtype=dtype, use_safetensors=True,
+                   output_loading_info=True, ignore_mismatched_sizes=True, **how)
+    try:
+        try:
+            model, report = read(attn_implementation="sdpa")
+        except ValueError:  # some families have no such attention
+            model, report = read(attn_implementation="eager")
+        missing = {str(key) for key in [*report["missing_keys"], *report["mismatched_keys"]]}
+        if missing - set(new_weights):
+            raise ValueError(f"the weights {sorted(missing)[:3]} are missing or of another shape")
+    except Exception as error:  # damaged files raise whatever their readers happen to
+        raise unusable(f"the model {path}", error, "a folder with config.json and "
+                       "model.safetensors, or a hub name and a network") from None
+    return model
 
 
-def decode(tokenizer, completion):
-    """The text of a completion, without the end-of-sequence token."""
-    return tokenizer.decode(completion, skip_special_tokens=True)
+def unusable(what, error, expected):
+    """An InputError that says in one sentence why a library could not read something."""
+    reason = " ".join(str(error).split())[:300]
+    return InputError(f"{what} cannot be used ({type(error).__name__}): {reason} Expected "
+                      f"{expected}.")
 
 
-# ---------------------------------------------------------------------------------------------------
-# Its completions
+def load_tokenizer(model, adapter=None):
+    """The tokenizer of the adapter's folder if it brings one, else the model's. InputError."""
+    path = model
+    if adapter and os.path.exists(os.path.join(adapter, "tokenizer_config.json")):
+        path = adapter
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        prompt, *steps = encode(tokenizer, "1 + 1", ["12 + 7 = 19", "The answer is 19."])
+        text = tokenizer.decode(steps[0] + steps[1])
+        if tokenizer.eos_token_id is None:
+            raise ValueError("it has no end-of-sequence token (eos_token), so nothing ever ends.")
+        if text.split(" ") != "12 + 7 = 19\n\nThe answer is 19.\n\n".split(" ") \
+                and tokenizer.unk_token_id not in steps[0] + steps[1]:
+            raise ValueError(f"it turns the steps of a prefix into {shorten(text)}.")
+    except Exception as error:  # also a chat template that fails
+        raise unusable(f"the tokenizer of {path}", error, "one that gives back what it is "
+                       "given") from None
+    return tokenizer
 
-@lru_cache(maxsize=4)
-def token_kinds(tokenizer, size):
-    """(size, 4) bool: per token, whether its text holds a blank line, opens with a line's end, closes with one, is space."""
-    texts = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
-    kinds = np.zeros((size, 4), bool)
-    for token, text in enumerate(texts):
-        bare = text.strip(" \t")
-        kinds[token] = bool(BLANK_LINE.search(text)), bare.startswith("\n"), bare.endswith("\n"), not text.strip()
-    return torch.from_numpy(kinds)
 
-
-def eos_ids(model, tokenizer):
-    """Every id that ends a completion: chat models name several."""
-    configured = model.generation_config.eos_token_id
-    configured = configured if isinstance(configured, list) else [configured]
-    return sorted({tokenizer.eos_token_id, *(token for token in configured if token is not None)})
-
-
-def takes_tree_masks(model):
-    """Whether a packed row gives this model the log-probs of its plain sequences, as `check_tree_masks` found when it was loaded."""
-    return getattr(model, "tree_masks", True)
+def load_adapter(policy, model, adapter, trainable):
+    """The policy with a PEFT adapter on it. InputError where it belongs to another base."""
+    weights = os.path.join(adapter, "adapter_model.safetensors")
+    note = os.path.join(adapter, BASE_WEIGHTS)
+    try:
+        if os.path.exists(note):
+            with open(note, encoding="utf-8") as file:
+                if json.load(file)["crc32"] != base_checksum(policy):
+                    raise ValueError("it was trained on other weights.")
+        with safe_open(weights, "pt") as file:
+            saved = set(file.keys())
+        with warnings.catch_warnings():  # peft only warns of weights without a place in the model
+            warnings.simplefilter("ignore")
+            policy = PeftModel.from_pretrained(policy, adapter, is_trainable=trainable)
+        if policy.peft_config["default"].is_prompt_learning:
+            raise ValueError("it adds to the prompt instead of changing weights.")
+        own = set(get_peft_model_state_dict(policy, save_embedding_layers=False))
+        strays = own - saved | {name for name in saved - own if ".lora_" in name}
+        if strays:
+            raise ValueError(f"the weights {sorted(strays)[:3]} stand in one of the two alone.")
+    except Exception as error:
+        raise unusable(f"the adapter {adapter} on {model}", error, "a folder that train.py wrote, "
+                       "and its own base model") from None
+    return policy
 
 
 @torch.no_grad()
-def check_tree_masks(model):
-    """Compare one small packed group with its sequences alone. Sliding-window layers, and attention that ignores a mask given
-    to it, cannot be packed: then one line says so, and every sequence gets its own padded row, in sampling and in training."""
-    config = model.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or []) - {"full_attention"} or ({"sliding_attention"} if getattr(config, "sliding_window", None) else set())
-    sequences = np.random.default_rng(0).integers(0, config.vocab_size, (3, 8))
-    sequences[:, :5] = sequences[0, :5]
-    packed = pack(sequences.tolist())
-    ids, position, mask = pad_rows([packed], model)
-    alone = model(torch.from_numpy(sequences).to(model.device))[0]  # (3, 8, V) logits, or hidden states of a decoder without a head
-    together = model(ids, attention_mask=mask, position_ids=position)[0][0, np.stack(packed[3])]
-    gap = (torch.log_softmax(alone.float(), -1) - torch.log_softmax(together.float(), -1)).abs().mean().item()
-    model.tree_masks = not kinds and gap < (0.01 if model.dtype == torch.float32 else 0.2)
-    if not model.tree_masks:
-        print(f"this model takes no tree masks ({', '.join(kinds) or f'log-probs differ by {gap:.2g}'}): prefixes are not shared, rows are padded")
+def checksum(tensors, dtype=None):
+    """crc32 of a dictionary of tensors, cast to `dtype`, as text."""
+    total = 0
+    for name, tensor in sorted(tensors.items()):
+        tensor = tensor.to(dtype or tensor.dtype).contiguous().flatten()
+        total = crc32(tensor.view(torch.uint8).cpu().numpy(), crc32(name.encode(), total))
+    return f"{total:08x}"
 
 
-def row_tokens(model):
-    """How long a packed row may be: where attention, quadratic in the row, costs half of the products with the weights,
-    4 L d a layer against 2 a weight. 0 where the model takes no tree masks, and rows are not shared at all."""
-    config = model.config.get_text_config()
-    weights = sum(p.numel() for p in model.parameters())
-    return weights // (4 * config.hidden_size * config.num_hidden_layers) if takes_tree_masks(model) else 0
+def weights_checksum(model):
+    """crc32 of all weights, an adapter's included: the same name may be another model."""
+    return checksum(model.state_dict())
 
 
-def shared_rows(prompts, share=True):
-    """Put prompts that share at least half of their tokens into one row: lists of indices, the longest prompts first."""
-    rows = []
-    for k in sorted(range(len(prompts)), key=prompts.__getitem__):
-        if rows:
-            before = prompts[rows[-1][-1]]
-            common = next((t for t, (a, b) in enumerate(zip(before, prompts[k])) if a != b), min(len(before), len(prompts[k])))
-        if rows and share and 2 * common >= len(prompts[k]):
-            rows[-1].append(k)
-        else:
-            rows.append([k])
-    return sorted(rows, key=lambda row: -max(len(prompts[k]) for k in row))
+def base_checksum(model):
+    """crc32 of the weights below an adapter, in bf16 however they were loaded."""
+    if isinstance(model, PeftModel):
+        model = model.get_base_model()
+    plain = {name.replace(".base_layer", ""): weight for name, weight in model.state_dict().items()
+             if "lora_" not in name}
+    return checksum(plain, torch.bfloat16)
 
 
-def pad_rows(packed, model):
-    """Packed rows as one batch on the model's device: ids (B, L), position (B, L), mask (B, 1, L, L).
-
-    For a model that takes no tree masks the rows are plain sequences, and the mask (B, L) tells them from padding.
-    """
-    length = max(len(ids) for ids, _, _, _ in packed)
-    ids, position = np.zeros((2, len(packed), length), int)
-    mask = np.zeros((len(packed), 1, length, length), bool)
-    mask[..., range(length), range(length)] = True  # padding sees itself: a row of softmax without any key would be nan
-    for row, (row_ids, row_position, row_mask, _) in enumerate(packed):
-        ids[row, :len(row_ids)], position[row, :len(row_ids)] = row_ids, row_position
-        mask[row, 0, :len(row_ids), :len(row_ids)] = row_mask
-    if not takes_tree_masks(model):
-        mask = np.arange(length) < np.array([[len(row_ids)] for row_ids, _, _, _ in packed])
-    return tuple(torch.from_numpy(array).to(model.device) for array in (ids, position, mask))
-
-
-class RoomyLayer(DynamicLayer):
-    """Keys and values with room for what is to come: transformers' own layer copies all of them for every new token."""
-
-    def update(self, key_states, value_states, *args, **kwargs):
-        old = self.get_seq_length()
-        new = old + key_states.shape[2]
-        if old == 0 or new > self.room[0].shape[2]:
-            grown = [states.new_empty(*states.shape[:2], new + 64, states.shape[3]) for states in (key_states, value_states)]
-            for larger, kept in zip(grown, (self.keys, self.values) if old else ()):
-                larger[:, :, :old] = kept
-            self.room, self.is_initialized = grown, True
-        self.room[0][:, :, old:new], self.room[1][:, :, old:new] = key_states, value_states
-        return self.show(new)
-
-    def show(self, length):
-        self.keys, self.values = (states[:, :, :length] for states in self.room)
-        return self.keys, self.values
-
-    def batch_select_indices(self, indices):
-        length, self.room = self.get_seq_length(), [states[indices] for states in self.room]
-        self.show(length)
-
-
-def empty_cache(model):
-    cache = DynamicCache()
-    cache.layers = [RoomyLayer() for _ in range(model.config.get_text_config().num_hidden_layers)]
-    return cache
-
-
-def prefill(model, prompts, rows):
-    """Compute each distinct token of the prompts once, and hand every prompt its own copy of the keys and values.
-
-    rows    lists of indices into prompts, N in all, that share a packed row
-    Returns the cache (N, heads, T, head_dim a layer), padded on the left, and its mask (N, T).
-    """
-    packed = [pack([prompts[k] for k in row]) for row in rows]
-    ids, position, mask = pad_rows(packed, model)
-    shared = DynamicCache()  # a plain one: those that a model makes for its windows forget
-    model(ids, attention_mask=mask, position_ids=position, past_key_values=shared, use_cache=True, logits_to_keep=1)
-    paths = [path for _, _, _, row_paths in packed for path in row_paths]
-    place = np.zeros((len(paths), max(map(len, paths))), int)  # (N, T) where each token of each prompt stands in its row
-    real = np.zeros(place.shape, bool)
-    for k, path in enumerate(paths):
-        place[k, place.shape[1] - len(path):], real[k, place.shape[1] - len(path):] = path, True
-    place, real = torch.from_numpy(place).to(model.device), torch.from_numpy(real).to(model.device)
-    row = torch.tensor([r for r, members in enumerate(rows) for _ in members], device=model.device)[:, None]
-    cache = empty_cache(model)
-    for own, layer in zip(cache.layers, shared.layers):
-        own.update(layer.keys[row, :, place].transpose(1, 2), layer.values[row, :, place].transpose(1, 2))
-    return cache, real
-
-
-def completion_logits(model, members, rows, temperature=1.0):
-    """What predicted each completion token: logits (n, V) float32 over the temperature, the ids (n,), the sample of each (n,).
-
-    members, rows    samples with prefix_ids and completion_ids, and their packed rows, as tree.micro_batches gives them
-    The one place where logits meet ids: the id at place t of a sequence is predicted at place t - 1. No other place has logits computed.
-    """
-    ids, position, mask = pad_rows(rows, model)  # (B, L), (B, L), (B, 1, L, L)
-    row, place, target, sample = [], [], [], []
-    for k, (member, (r, path)) in enumerate(zip(members, ((r, path) for r, packed in enumerate(rows) for path in packed[3]))):
-        first = len(member.prefix_ids)
-        row += [r] * (len(path) - first)
-        place += path[first - 1:-1].tolist()
-        target += member.completion_ids
-        sample += [k] * (len(path) - first)
-    row, place, target, sample = (torch.tensor(x, device=model.device) for x in (row, place, target, sample))
-    keep, column = place.unique(return_inverse=True)
-    logits = model(ids, attention_mask=mask, position_ids=position, use_cache=False, logits_to_keep=keep).logits  # (B, kept, V)
-    return logits[row, column].float() / temperature, target, sample
-
-
-def log_probs(logits, target):
-    """log softmax(logits)[target]: (n, V), (n,) -> (n,)."""
-    return -torch.nn.functional.cross_entropy(logits, target, reduction="none")
-
-
-def divergence(logits, other, direction):
-    """KL between next-token distributions over the full vocabulary, (n,). logits (n, V) are the student's and have the gradient.
-
-    direction   "student_teacher" is KL(student || other), the field's reverse KL; "teacher_student" is KL(other || student), which App. B prints.
-    """
-    width = min(logits.shape[1], other.shape[1])  # models of one tokenizer may pad their vocabularies differently
-    p, q = (torch.log_softmax(x[:, :width], dim=-1) for x in (logits, other))
-    if direction == "teacher_student":
-        p, q = q, p
-    return torch.nn.functional.kl_div(q, p, log_target=True, reduction="none").sum(-1)  # torch takes the second distribution first
-
-
-def step_starts(model, tokenizer, ids):
-    """Where the reasoning steps of a completion begin: 0, and after each blank line that is not its end."""
-    blank, opens, closes, _ = token_kinds(tokenizer, model.config.vocab_size)[ids].numpy().T
-    blank[1:] |= closes[:-1] & opens[1:]  # a blank line may also be split over two tokens
-    return [0, *(np.flatnonzero(blank[:-1]) + 1).tolist()]
-
-
-def check_vocabulary(other, student, trust_remote_code=False):
-    """InputError where the two do not read the same tokens: their next-token distributions could not be compared. Reads tokenizers alone."""
-    try:
-        ours, theirs = (AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code).get_vocab() for model in (student, other))
-    except Exception as error:  # damaged files raise whatever their readers happen to
-        raise InputError(f"the tokenizer of {student} or of {other} cannot be loaded: {' '.join(str(error).split())[:300]}") from None
-    if ours != theirs:
-        token = next(token for token in (*ours, *theirs) if ours.get(token) != theirs.get(token))
-        raise InputError(f"the model {other} has another vocabulary than the student {student}: {len(theirs)} tokens and {len(ours)}; {shorten(token)} is "
-                         f"{shorten(theirs.get(token))} there and {shorten(ours.get(token))} here. Expected a teacher or critic with the student's tokenizer.")
-
-
-def out_of_memory(error):
-    """Whether an exception says that CUDA or the CPU's allocator has no memory left."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error) or "not enough memory" in str(error)
-
-
-def peak_memory():
-    """MiB at most in use so far: by CUDA's allocator, else by the process (of which getrusage would tell its parent's, too)."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2 ** 20
-    if os.path.exists("/proc/self/status"):
-        with open("/proc/self/status") as status:
-            return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20  # bytes on macOS
-
-
-def load_critic(path, device, trust_remote_code=False):
-    """A decoder with a value head, one number a token (App. B's critic): the model at `path` with a fresh head, every weight float32 and
-    trainable. Raises InputError where there is no such model."""
-    try:
-        critic = AutoModelForTokenClassification.from_pretrained(path, num_labels=1, dtype=torch.float32, attn_implementation="sdpa",
-                                                                 use_safetensors=True, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"the critic {path} cannot be loaded: {' '.join(str(error).split())[:300]} Expected a decoder's folder or hub name.") from None
+def load_critic(path, device):
+    """A decoder with a fresh value head, one number a token (App. B), all of it float32, to train."""
+    critic = load_weights(AutoModelForTokenClassification, path, torch.float32,
+                          new_weights=("score.weight", "score.bias"), num_labels=1)
     critic.requires_grad_(True).to(device).eval()  # eval: no dropout before the head
-    check_tree_masks(critic.base_model)
-    critic.tree_masks = critic.base_model.tree_masks
+    check_tree_masks(critic.base_model, path)
     return critic
 
 
-def step_values(critic, members, rows):
-    """V of the state before each reasoning step of the samples, all in a row (m,): read off at the last token before it (member.steps)."""
+def check_vocabulary(other, student):
+    """InputError where two models read other tokens: their log-probs could not be compared."""
+    ours = load_tokenizer(student).get_vocab()
+    theirs = load_tokenizer(other).get_vocab()
+    for token in [*ours, *theirs]:
+        if ours.get(token) != theirs.get(token):
+            raise InputError(f"the vocabulary of {other} is not that of the student {student}: "
+                             f"{shorten(token)} is {theirs.get(token)} and {ours.get(token)}. "
+                             "Expected a teacher or critic with the student's tokenizer.")
+
+
+# ---- Prompts -------------------------------------------------------------------------------------
+def add_prompt_flags(add):
+    """The flags that say how a question becomes a prompt. `add` is a parser's add_argument."""
+    add("--instruction", metavar="TEXT", help="stands behind each question; by default a built-in "
+        "sentence with a chat template, nothing without")
+    add("--chat_template_kwargs", type=json.loads, default={}, metavar="JSON",
+        help="for the chat template, such as '{\"enable_thinking\": false}'")
+
+
+def encoder(tokenizer, args):
+    """encode(question, steps) with the prompt flags of a command line."""
+    return partial(encode, tokenizer, instruction=args.instruction,
+                   template_kwargs=args.chat_template_kwargs)
+
+
+def encode(tokenizer, question, steps=(), instruction=None, template_kwargs=None):
+    """[ids of the prompt, ids of each step]: joined, a prefix that opens the assistant's turn.
+
+    To try another prompt format, change this function.
+    """
+    if instruction is None and tokenizer.chat_template:
+        instruction = INSTRUCTION
+    for token in tokenizer.added_tokens_decoder.values():
+        if token.special:  # "<|im_end|>" in a question is text, not the end of a turn
+            spaced = token.content[:1] + " " + token.content[1:]
+            question = question.replace(token.content, spaced)
+    if instruction:
+        question = question + JOIN + instruction
+    if tokenizer.chat_template:
+        turns = [{"role": "user", "content": question}]
+        text = render(tokenizer, turns, add_generation_prompt=True, **(template_kwargs or {}))
+        prompt = tokenizer(text, add_special_tokens=False)["input_ids"]  # the template places BOS
+    else:
+        prompt = tokenizer(question + JOIN)["input_ids"]
+        while prompt and prompt[-1] == tokenizer.eos_token_id:  # some close every text
+            prompt.pop()
+    return [prompt, *encode_steps(tokenizer, steps)]
+
+
+def render(tokenizer, turns, **how):
+    """The chat template's text. Some templates print today's date: here it is always the same."""
+    template = FIXED_DATE + tokenizer.get_chat_template()
+    return tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False, **how)
+
+
+def encode_steps(tokenizer, steps, closing=JOIN):
+    """The ids of each step with its closing blank line.
+
+    A step is encoded on its own, so that "is a prefix of" holds for ids as it does for text. It
+    stands behind a blank line, as it does in a prefix, since some tokenizers (SentencePiece) put a
+    mark of their own before whatever opens a text.
+    """
+    if not steps:
+        return []
+    tokenize = partial(tokenizer, add_special_tokens=False)
+    before = tokenize(JOIN)["input_ids"]
+    encoded = tokenize([JOIN + step + closing for step in steps])["input_ids"]
+    for k, step in enumerate(steps):
+        if encoded[k][:len(before)] == before:
+            encoded[k] = encoded[k][len(before):]
+        else:  # a blank line before text has another spelling; such tokenizers put no mark
+            encoded[k] = tokenize(step + closing)["input_ids"]
+    return encoded
+
+
+def encode_solution(tokenizer, question, steps, encode_prefix=None):
+    """(prompt ids, completion ids) of a whole solution, which ends the turn after its last step."""
+    encode_prefix = encode_prefix or partial(encode, tokenizer)
+    prompt, *encoded = encode_prefix(question, steps[:-1])
+    encoded += encode_steps(tokenizer, steps[-1:], closing="")
+    completion = [token for step in encoded for token in step]
+    return prompt, [*completion, turn_end(tokenizer)]
+
+
+def turn_end(tokenizer):
+    """The special token that the chat template puts behind an assistant's content, else EOS."""
+    if tokenizer.chat_template:
+        turns = [{"role": "user", "content": "1 + 1"}, {"role": "assistant", "content": "It is 2"}]
+        behind = render(tokenizer, turns).rpartition("It is 2")[2]
+        for token in tokenizer(behind, add_special_tokens=False)["input_ids"]:
+            if token in tokenizer.all_special_ids:
+                return token
+    return tokenizer.eos_token_id
+
+
+def eos_ids(model, tokenizer):
+    """Every id that ends a completion: chat models have several."""
+    configured = model.generation_config.eos_token_id
+    if not isinstance(configured, list):
+        configured = [configured]
+    return sorted({tokenizer.eos_token_id, turn_end(tokenizer), *configured} - {None})
+
+
+def decode(tokenizer, ids):
+    """The text of a completion, without the end-of-sequence token."""
+    return tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def check_prompts(model, problems, prompts, max_new_tokens):
+    """InputError where a prompt is empty, or does not fit the model's positions."""
+    for problem, prompt in zip(problems, prompts):
+        if not prompt:
+            raise InputError(f"the prompt of {shorten(problem['id'])} has no tokens.")
+    check_length(model, max(map(len, prompts)), max_new_tokens)
+
+
+def check_length(model, prompt, completion):
+    """InputError where so many tokens do not fit the model's positions. Learned positions end, so
+    there the completion must fit as well; rotary ones go on beyond their context, if badly."""
+    config = model.config.get_text_config()
+    room = getattr(config, "max_position_embeddings", None) or math.inf
+    if not getattr(config, "rope_parameters", None):
+        prompt += completion
+    if prompt > room:
+        raise InputError(f"the longest prompt and its completion take {prompt} tokens; expected at "
+                         f"most {room}, for the model has no more positions.")
+
+
+# ---- Log-probs of packed rows --------------------------------------------------------------------
+def attention_masks(model, visible, query_position, key_position):
+    """What may be seen, (B, 1, Q, K) bool, as this model's layers want to be told.
+
+    query_position (B, Q), key_position (B, K)   places of the tokens in their own sequences
+    """
+    config = model.config.get_text_config()
+    kinds = getattr(config, "layer_types", None)
+    if not kinds:
+        kinds = ["sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"]
+    masks = {}
+    for kind in set(kinds):
+        masks[kind] = visible
+        if kind == "sliding_attention":
+            distance = query_position[:, None, :, None] - key_position[:, None, None, :]
+            masks[kind] = visible & (distance < config.sliding_window)
+        if config._attn_implementation == "eager":  # adds its mask to the scores
+            lowest = torch.finfo(model.dtype).min
+            masks[kind] = torch.where(masks[kind], 0.0, lowest).to(model.dtype)
+    return masks if len(masks) > 1 else masks[kind]
+
+
+def pad_rows(rows, model):
+    """tree.Rows as one batch on the model's device: ids (B, L), position (B, L) and mask."""
+    longest = max(len(row.ids) for row in rows)
+    ids = torch.zeros(len(rows), longest, dtype=torch.long)
+    position = torch.zeros(len(rows), longest, dtype=torch.long)
+    visible = torch.eye(longest, dtype=torch.bool).repeat(len(rows), 1, 1, 1)  # padding sees itself
+    for k, row in enumerate(rows):
+        length = len(row.ids)
+        ids[k, :length] = torch.from_numpy(row.ids)
+        position[k, :length] = torch.from_numpy(row.position)
+        visible[k, 0, :length, :length] = torch.from_numpy(row.mask)
+    position = position.to(model.device)
+    mask = attention_masks(model, visible.to(model.device), position, position)
+    return ids.to(model.device), position, mask
+
+
+@torch.no_grad()
+def check_tree_masks(model, path):
+    """InputError where a packed row does not give this model the log-probs of plain sequences."""
+    config = model.config.get_text_config()
+    served = {"full_attention", "sliding_attention"}
+    stateful = set(getattr(config, "layer_types", None) or []) - served
+    gap = math.inf
+    if not stateful:
+        sequences = np.random.default_rng(0).integers(0, config.vocab_size, (3, 8))
+        sequences[:, :5] = sequences[0, :5]
+        row = pack(sequences.tolist())
+        ids, position, mask = pad_rows([row], model)
+        alone = model(torch.from_numpy(sequences).to(model.device))[0]  # (3, 8, V) or hidden states
+        packed = model(ids, attention_mask=mask, position_ids=position)[0][0, np.stack(row.paths)]
+        difference = torch.log_softmax(alone.float(), -1) - torch.log_softmax(packed.float(), -1)
+        gap = difference.abs().mean().item()
+    if gap > (0.01 if model.dtype == torch.float32 else 0.2):
+        kinds = ", ".join(stateful) or f"log-probs differ by {gap:.2g} nat"
+        raise InputError(f"the model {path} cannot share prefixes ({kinds}). Expected a decoder of "
+                         "softmax attention alone that takes a mask and positions.")
+
+
+def row_tokens(model):
+    """How long a packed row may be: where attention, quadratic in the row, costs half of the
+    products with the weights: 4 L d a layer against 2 a weight."""
+    config = model.config.get_text_config()
+    weights = sum(p.numel() for p in model.parameters())
+    return weights // (4 * config.hidden_size * config.num_hidden_layers)
+
+
+class Predictions(NamedTuple):
+    """What predicted each of the n completion tokens of several samples."""
+    logits: torch.Tensor   # (n, V) float32, over the temperature
+    target: torch.Tensor   # (n,) the token's id
+    sample: torch.Tensor   # (n,) which sample it belongs to
+
+
+def predict(model, samples, rows, temperature=1.0):
+    """Predictions of the completions' tokens. samples, rows: a tree.MicroBatch.
+
+    The one place where logits meet ids: the id at place t of a sequence is predicted at t - 1.
+    """
+    row_of = []
+    place = []
+    target = []
+    sample_of = []
+    for k, (sample, (r, path)) in enumerate(zip(samples, paths_of(rows))):
+        length = len(sample.completion_ids)
+        row_of += [r] * length
+        place += path[-length - 1:-1].tolist()
+        target += sample.completion_ids
+        sample_of += [k] * length
+    row_of, place, target, sample_of = torch.tensor([row_of, place, target, sample_of],
+                                                    device=model.device)
+    ids, position, mask = pad_rows(rows, model)
+    kept, column = place.unique(return_inverse=True)  # no other place has its logits computed
+    logits = model(ids, attention_mask=mask, position_ids=position, use_cache=False,
+                   logits_to_keep=kept).logits  # (B, kept, V)
+    return Predictions(logits[row_of, column].float() / temperature, target, sample_of)
+
+
+def paths_of(rows):
+    """(number of the row, places in it) of each sequence, in the order of the samples."""
+    return [(r, path) for r, row in enumerate(rows) for path in row.paths]
+
+
+def log_probs(predictions):
+    """log softmax(logits)[target], (n,)."""
+    return -torch.nn.functional.cross_entropy(predictions.logits, predictions.target,
+                                              reduction="none")
+
+
+def divergence(logits, other, direction):
+    """KL between next-token distributions over the full vocabulary, (n,).
+
+    logits      (n, V) the student's, with its gradient
+    direction   "student_teacher" is KL(student || other), the field's reverse KL;
+                "teacher_student" is KL(other || student), which App. B prints
+    """
+    shared = min(logits.shape[1], other.shape[1])  # vocabularies may be padded differently
+    p = torch.log_softmax(logits[:, :shared], dim=-1)
+    q = torch.log_softmax(other[:, :shared], dim=-1)
+    if direction == "teacher_student":
+        p, q = q, p
+    kl_div = torch.nn.functional.kl_div  # takes the second distribution first
+    return kl_div(q, p, log_target=True, reduction="none").sum(-1)
+
+
+def step_starts(tokenizer, ids):
+    """Where the reasoning steps of a completion begin: 0, and behind each blank line."""
+    starts = [0]
+    for t in range(1, len(ids)):
+        step = tokenizer.decode(ids[starts[-1]:t])
+        if BLANK_LINE.search(step.lstrip()) and tokenizer.decode(ids[t:t + 1]).strip():
+            starts.append(t)
+    return starts
+
+
+def step_values(critic, samples, rows):
+    """V of the state before each reasoning step (sample.steps) of the samples, all in a row (m,)."""
+    row_of = []
+    place = []
+    for sample, (r, path) in zip(samples, paths_of(rows)):
+        row_of += [r] * len(sample.steps)
+        place += [path[len(sample.prefix_ids) + start - 1] for start in sample.steps]
     ids, position, mask = pad_rows(rows, critic)
-    paths = [(r, path) for r, packed in enumerate(rows) for path in packed[3]]
-    at = [(r, path[len(member.prefix_ids) - 1 + start]) for member, (r, path) in zip(members, paths) for start in member.steps]
-    row, place = torch.tensor(np.array(at), device=critic.device).T
-    return critic(ids, attention_mask=mask, position_ids=position, use_cache=False).logits[row, place, 0].float()
+    values = critic(ids, attention_mask=mask, position_ids=position, use_cache=False).logits
+    return values[row_of, place, 0].float()
 
 
-def pick(logits, temperature, uniform):
-    """Next tokens and their log-probabilities under softmax(logits / temperature); the argmax at temperature 0.
+# ---- Sampling ------------------------------------------------------------------------------------
+def with_less_memory(work, size):
+    """work(size); where memory runs out, work(size // 2), and so on. Returns (result, size).
 
-    logits (N, V), uniform (N,) in [0, 1). Drawn by inverting the cumulative distribution at the row's own random number:
-    a completion depends on its seed alone, not on who else is in the batch, on which GPU, or in which order.
+    `work` is run again from its start: it must not change what it was given.
+    """
+    while True:
+        try:
+            return work(size), size
+        except RuntimeError as error:
+            full = isinstance(error, torch.OutOfMemoryError) or "t allocate memory" in str(error)
+            if not full or size == 1:
+                raise
+        size = size // 2
+        print(f"out of memory; going on with {size} at a time, the same results", flush=True)
+
+
+def peak_memory():
+    """MiB at most in use so far: by CUDA's allocator, else resident in the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2 ** 20
+    import resource
+    unit = 2 ** 20 if sys.platform == "darwin" else 2 ** 10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+@torch.inference_mode()
+def generate(model, tokenizer, prompts, max_new_tokens, temperature=1.0, seeds=None,
+             stop_at_blank=False, batch_size=256, return_logps=False):
+    """Complete prompts: lists of ids in, lists of ids out, as sampled, end token kept.
+
+    temperature     0 is greedy. No top-k, no top-p, no penalty.
+    seeds           one a prompt, each a tuple of ints; default the prompt's place
+    stop_at_blank   True, or one flag a prompt: end with the first blank line after some text
+    batch_size      how many completions are decoded side by side
+    return_logps    return (completions, logps), the log-prob of each id at this temperature
+    Raises InputError where log-probs are not finite: the model has diverged.
+    """
+    if not all(prompts):
+        raise ValueError("a prompt without tokens cannot be completed; expected at least one id")
+    seeds = seeds or [(k,) for k in range(len(prompts))]
+    stops = np.broadcast_to(stop_at_blank, len(prompts))
+    order = [k for row in shared_rows(prompts) for k in row]
+
+    def sample(size):
+        completions = [None] * len(prompts)
+        logps = [None] * len(prompts)
+        for start in range(0, len(order), size):
+            numbers = order[start:start + size]
+            uniform = np.stack([rng(*seeds[k]).random(max_new_tokens) for k in numbers])
+            batch = decode_batch(model, tokenizer, [prompts[k] for k in numbers], uniform,
+                                 stops[numbers], temperature)
+            for k, ids, values in zip(numbers, *batch):
+                completions[k] = ids
+                logps[k] = values
+        return completions, logps
+
+    was_training = model.training
+    model.eval()
+    (completions, logps), _ = with_less_memory(sample, batch_size)
+    model.train(was_training)
+    if return_logps:
+        return completions, logps
+    return completions
+
+
+def shared_rows(prompts):
+    """Put prompts that share at least half of their tokens into one row: lists of numbers of
+    prompts, the longest prompts first."""
+    rows = []
+    for k in sorted(range(len(prompts)), key=lambda k: prompts[k]):
+        if rows:
+            common = len(os.path.commonprefix([prompts[rows[-1][-1]], prompts[k]]))
+            if 2 * common >= len(prompts[k]):
+                rows[-1].append(k)
+                continue
+        rows.append([k])
+    return sorted(rows, key=lambda row: -max(len(prompts[k]) for k in row))
+
+
+def prefill(model, prompts):
+    """Compute each distinct token of N prompts once, then give each prompt its own copy.
+
+    The last token of each is left for the first step of decoding. Returns the cache, keys and
+    values (N, heads, T, head_dim) a layer, and the tokens' places in their prompts, (N, T). Both
+    are padded on the left, where the place is negative.
+    """
+    longest = max(len(prompt) - 1 for prompt in prompts)
+    position = torch.arange(longest).repeat(len(prompts), 1)
+    cache = DynamicCache()
+    if longest == 0:
+        return cache, position.to(model.device)
+    rows = shared_rows(prompts)
+    packed = [pack([prompts[k][:-1] for k in row]) for row in rows]
+    ids, packed_position, mask = pad_rows(packed, model)
+    shared = DynamicCache()  # a plain one: those that a model makes for its windows forget
+    model(ids, attention_mask=mask, position_ids=packed_position, past_key_values=shared,
+          use_cache=True, logits_to_keep=1)
+    row_of = torch.zeros(len(prompts), 1, dtype=torch.long)
+    place = torch.zeros(len(prompts), longest, dtype=torch.long)  # in the packed row
+    numbers = [k for row in rows for k in row]
+    for k, (r, path) in zip(numbers, paths_of(packed)):
+        row_of[k] = r
+        place[k, longest - len(path):] = torch.from_numpy(path)
+        position[k] -= longest - len(path)
+    for number, layer in enumerate(shared.layers):
+        keys = layer.keys[row_of, :, place].transpose(1, 2)
+        values = layer.values[row_of, :, place].transpose(1, 2)
+        cache.update(keys, values, number)
+    return cache, position.to(model.device)
+
+
+def sample_token(logits, temperature, uniform):
+    """Next tokens (N,) and their log-probs under softmax(logits / temperature); argmax at 0.
+
+    logits (N, V), uniform (N,) in [0, 1). The cumulative distribution is inverted at the row's own
+    random number: a completion depends on its seed alone, not on who else is in the batch.
     """
     logps = torch.log_softmax(logits.float() / (temperature or 1.0), dim=-1)
     if temperature == 0:
         token = logps.argmax(-1)
     else:
         cumulative = logps.exp().cumsum(-1, dtype=torch.float64)
-        token = torch.searchsorted(cumulative, (uniform * cumulative[:, -1])[:, None], right=True)[:, 0]
+        threshold = uniform * cumulative[:, -1]
+        token = torch.searchsorted(cumulative, threshold[:, None], right=True)[:, 0]
         token = token.clamp(max=logits.shape[1] - 1)
     return token, logps.gather(1, token[:, None])[:, 0]
 
 
-@contextmanager
-def merged(model):
-    """The plain model with the adapter folded into its weights and PEFT's layers out of the way, to decode with: a third faster
-    than with the adapter beside them. Afterwards layers and weights are back, bit for bit.
-    In bf16 folding would round, and the sampler would be another policy than the trainer: there the model is left as it is."""
-    if not isinstance(model, PeftModel) or model.dtype != torch.float32:
-        yield model
-        return
-    layers = [(parent, name, layer) for parent in model.modules() for name, layer in parent.named_children() if isinstance(layer, BaseTunerLayer)]
-    kept = [layer.get_base_layer().weight.detach().clone() for _, _, layer in layers]
-    model.merge_adapter()
-    try:
-        for parent, name, layer in layers:
-            setattr(parent, name, layer.get_base_layer())
-        yield model.get_base_model()
-    finally:
-        for parent, name, layer in layers:
-            setattr(parent, name, layer)
-        model.unmerge_adapter()
-        for (_, _, layer), weight in zip(layers, kept):
-            layer.get_base_layer().weight.data.copy_(weight)
+@lru_cache(maxsize=4)
+def tokens_with_newline(tokenizer, vocabulary):
+    """(V,) bool: a blank line can only be complete where such a token was sampled."""
+    texts = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
+    found = torch.zeros(vocabulary, dtype=torch.bool)
+    found[:len(texts)] = torch.tensor(["\n" in text for text in texts])
+    return found
 
 
-@torch.inference_mode()
-def generate(model, tokenizer, prompts, max_new_tokens, temperature=1.0, seeds=None, stop_at_blank=False,
-             batch_size=256, return_logps=False):
-    """Complete prompts. Lists of ids in, lists of ids out, exactly as sampled, EOS kept where it was reached.
+def decode_batch(model, tokenizer, prompts, uniform, stops, temperature):
+    """Complete N prompts side by side: lists of ids, and of their log-probs.
 
-    temperature     0 is greedy. No top-k, no top-p, no penalty, whatever the model's own generation_config says.
-    seeds           one per prompt, ints or tuples of ints; default the prompt's place
-    stop_at_blank   True, or one flag a prompt: end with the first blank line after some text, which is a step
-    batch_size      how many completions are decoded side by side
-    return_logps    return (completions, logps): the log-probability of each sampled id, at this temperature
+    uniform (N, T) one random number a token; stops (N,) whether to end at a blank line. When an
+    eighth of the batch has ended it leaves: sooner, copying the others would cost more.
     """
-    if not all(prompts):
-        raise ValueError("a prompt without tokens cannot be completed; expected at least one id")
-    seeds = range(len(prompts)) if seeds is None else seeds
-    stop = np.broadcast_to(stop_at_blank, len(prompts))
-    completions, logps = [None] * len(prompts), [None] * len(prompts)
-    training = model.training
-    model.eval()
-    batch, batches = [], []
-    for row in shared_rows(prompts, takes_tree_masks(model)):
-        for piece in (row[start:start + batch_size] for start in range(0, len(row), batch_size)):
-            if sum(map(len, batch)) + len(piece) > batch_size:
-                batches.append(batch)
-                batch = []
-            batch.append(piece)
-    with merged(model) as plain:
-        waiting = batches + [batch] * bool(batch)
-        while waiting:
-            rows = waiting.pop(0)
-            members = [k for row in rows for k in row]
-            uniform = np.stack([np.random.default_rng(seeds[k]).random(max_new_tokens) for k in members])
-            try:
-                decoded = decode_batch(plain, tokenizer, prompts, rows, uniform, stop[members], temperature)
-            except RuntimeError as error:
-                if not out_of_memory(error) or len(members) == 1:
-                    raise
-                print(f"out of memory with {len(members)} completions side by side; going on with half as many", flush=True)
-                rows = rows if len(rows) > 1 else [[k] for k in members]  # a single row is cut up
-                waiting[:0] = [rows[:len(rows) // 2], rows[len(rows) // 2:]]
-                continue
-            for k, ids, values in zip(members, *decoded):
-                completions[k], logps[k] = ids, values
-    model.train(training)
-    return (completions, logps) if return_logps else completions
-
-
-def decode_batch(model, tokenizer, prompts, rows, uniform, stop, temperature):
-    """Complete the N prompts of `rows` side by side; rows that end leave the batch. uniform (N, max_new_tokens)."""
-    device, (count, steps) = model.device, uniform.shape
-    members = [k for row in rows for k in row]
-    last = torch.tensor([prompts[k][-1] for k in members], device=device)
-    position = torch.tensor([len(prompts[k]) - 1 for k in members], device=device)
-    if position.max() > 0:
-        cache, real = prefill(model, [prompt[:-1] for prompt in prompts], rows)
-    else:
-        cache, real = empty_cache(model), torch.ones(count, 0, dtype=torch.bool, device=device)
-    mask = torch.cat([real, real.new_ones(count, steps)], dim=1)  # (N, T + steps)
-    mask = mask[:, None, None] if takes_tree_masks(model) else mask
-    uniform, stop = torch.from_numpy(uniform).to(device), torch.tensor(stop, device=device)
-    is_eos = torch.isin(torch.arange(model.config.vocab_size, device=device), torch.tensor(eos_ids(model, tokenizer), device=device))
-    blank, opens, closes, space = token_kinds(tokenizer, model.config.vocab_size).to(device).T if stop.any() else (None,) * 4
-    ids, logps = torch.zeros(count, steps, dtype=torch.long, device=device), torch.zeros(count, steps, device=device)
+    device = model.device
+    count, steps = uniform.shape
+    cache, seen_position = prefill(model, prompts)
+    last = torch.tensor([prompt[-1] for prompt in prompts], device=device)
+    position = torch.tensor([len(prompt) - 1 for prompt in prompts], device=device)
+    uniform = torch.from_numpy(uniform).to(device)
+    stops = torch.from_numpy(stops.copy()).to(device)
+    vocabulary = model.config.get_text_config().vocab_size
+    newline = tokens_with_newline(tokenizer, vocabulary).to(device)
+    ends = torch.zeros(vocabulary, dtype=torch.bool, device=device)
+    ends[eos_ids(model, tokenizer)] = True
+    ids = torch.zeros(count, steps, dtype=torch.long, device=device)
+    logps = torch.zeros(count, steps, device=device)
     lengths = torch.full((count,), steps, device=device)
-    live = torch.arange(count, device=device)
-    written, over = torch.zeros(2, count, dtype=torch.bool, device=device)
+    active = torch.arange(count, device=device)  # which completion each row of the batch is
+    ended = torch.zeros(count, dtype=torch.bool, device=device)
     for t in range(steps):
-        logits = model(last[:, None], attention_mask=mask[..., :real.shape[1] + t + 1], position_ids=position[:, None],
+        seen_position = torch.cat([seen_position, position[:, None]], dim=1)
+        mask = attention_masks(model, seen_position[:, None, None] >= 0, position[:, None],
+                               seen_position)
+        logits = model(last[:, None], attention_mask=mask, position_ids=position[:, None],
                        past_key_values=cache, use_cache=True).logits[:, -1]
-        token, logp = pick(logits, temperature, uniform[live, t])
-        ids[live, t], logps[live, t] = token, logp
-        done = is_eos[token]
-        if blank is not None:  # a blank line may also be split over two tokens
-            written = written | ~space[token]
-            done = done | stop[live] & written & (blank[token] | closes[last] & opens[token])
-        lengths[live[done & ~over]] = t + 1
-        last, position, over = token, position + 1, over | done
-        if over.sum() * 8 >= len(live):  # an eighth of the rows are over: worth copying the others
-            keep = (~over).nonzero()[:, 0]
-            if not len(keep):
+        last, logp = sample_token(logits, temperature, uniform[active, t])
+        ids[active, t] = last
+        logps[active, t] = logp
+        ends_now = ends[last]
+        for k in (stops[active] & newline[last] & ~ended).nonzero()[:, 0].tolist():
+            text = tokenizer.decode(ids[active[k], :t + 1].tolist())
+            ends_now[k] |= BLANK_LINE.search(text.lstrip()) is not None
+        lengths[active[ends_now & ~ended]] = t + 1
+        ended |= ends_now
+        position = position + 1
+        if ended.sum() * 8 >= len(active):
+            kept = (~ended).nonzero()[:, 0]
+            if len(kept) == 0:
                 break
-            cache.batch_select_indices(keep)
-            live, last, position, mask, written, over = (x[keep] for x in (live, last, position, mask, written, over))
-    ids, logps = ids.tolist(), logps.tolist()
-    return [row[:n] for row, n in zip(ids, lengths.tolist())], [row[:n] for row, n in zip(logps, lengths.tolist())]
+            cache.batch_select_indices(kept)
+            seen_position = seen_position[kept]
+            last = last[kept]
+            position = position[kept]
+            active = active[kept]
+            ended = ended[kept]
+    if not logps.isfinite().all():
+        raise InputError("the log-probs of a completion are not finite numbers. Expected a model "
+                         "that has not diverged; a lower learning rate may help.")
+    lengths = lengths.tolist()
+    ids = [row[:length] for row, length in zip(ids.tolist(), lengths)]
+    logps = [row[:length] for row, length in zip(logps.tolist(), lengths)]
+    return ids, logps
 
 
-# ---------------------------------------------------------------------------------------------------
-# Whether they are right
-#
-# `extract_answer` finds the answer, `is_correct` compares it with the gold: as text in one spelling, then as mathematics. For that, both are read into
-# a small tree of lists, tuples, intervals and equations whose leaves are numbers, computed by a parser of our own: model text is data, never code.
-# Any string is graded, without an exception and in milliseconds: every loop is linear in the text, and what is longer than LONG characters, deeper
-# than DEEP levels or larger than BITS bits is not computed with.
-#
-# What counts as equal. Rational numbers agree exactly: 0.5 is 1/2, 0.33 is not 1/3. Roots, pi and functions agree to nine digits; formulas agree in
-# value at three points with positive coordinates. Tuples and intervals keep order and brackets; sets, comma lists, unions and the two values of \pm
-# come in any order. Optional: units (but two that are named begin alike), money signs, degrees, the base of a number, the letter of a choice, the
-# "x =" of "x = 5", and the percent sign: 25% is 25 and is 0.25.
+# ---- Scoring -------------------------------------------------------------------------------------
+def is_solved(text, problem):
+    """Whether a completion ends in the problem's answer, marked as such.
 
-LONG, DEEP, BITS = 400, 40, 8192
-
-# ---- finding the answer
-
-MARKER = re.compile(r"\\(?:boxed|fbox)\s{0,9}|#{4,}(?:[\s*]{0,9}(?:final )?answer\b[\s:*]{0,9})?|"  # the braces of {0,9} keep it linear
-                    r"answers?[\s*_]{0,9}(?:(?:is|are)\b(?!\s+(?:in)?correct)|[:=])[\s:*_]{0,9}", re.IGNORECASE)
-NUMBER = re.compile(r"\\[dtc]?frac\{-?[0-9]+\}\{[0-9]+\}|(?:(?<![\w)}])[-−])?\\?\$?(?:[0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+)(?:/[0-9]+)?\\?%?")
-MATH = re.compile(r"\$\$(.+?)\$\$|\\\[(.+?)\\\]|\\\((.+?)\\\)|\$(?=\S)((?:[^$\\]|\\.)+)(?<!\s)\$(?!\d)", re.DOTALL)  # "$5 or $6" is money
-WORD = r"(?:(?:a )?(?!(?:and|or|pi|sqrt|sin|cos|tan|log|ln)\b)[A-Za-z]{2,})"
-PROSE = re.compile(rf"\\[a-zA-Z]+ ?\{{[^{{}}]*\}}|((?:[ (]{WORD})+\b(?! ?[-+*/=]| {WORD}))")  # words outside \text{}, with no "=" or "+" to follow
-VARIABLE = re.compile(r"(?<![A-Za-z\\])[A-Za-z](?![A-Za-z])")
-
-
-def extract_answer(text, strict=False):
-    """The answer behind the last marker: a box, "#### 72" or "The answer is 72.". Passed over are markers with nothing behind them and boxes that
-    never close (a truncated completion). Without a marker: None if strict, as in training, else the last number of the text."""
-    end = len(text)
-    for marker in reversed(list(MARKER.finditer(text))[-30:]):  # thirty empty markers, and there is no answer
-        answer = in_box(text, marker.end(), end) if marker[0][0] == "\\" else in_sentence(text[marker.end():end])
-        if answer:
-            return answer
-        end = marker.start()  # a box that reaches an unclosed one is unclosed itself, so no character is read twice
-    last = -1 if strict else max(map(text.rfind, "0123456789"))
-    return tidy(NUMBER.findall(text[max(0, last - LONG):last + 9])[-1]) if last >= 0 else None
-
-
-def in_box(text, start, end):
-    """What stands between the brace at `start` and its partner, "" without one; of \\boxed 5 the 5."""
-    if text[start:start + 1] != "{":
-        return tidy(re.compile(r"[^\s{}$]*").match(text, start, end)[0])
-    depth = 0
-    for brace in islice(re.compile(r"\\[\\{}]|[{}]").finditer(text, start, end), 1000):
-        depth += {"{": 1, "}": -1}.get(brace[0], 0)  # \{ and \} do not nest
-        if depth == 0:
-            return tidy(text[start + 1:brace.start()])
-    return ""
-
-
-def in_sentence(text):
-    """The answer with which a text begins: "36 + 36 = $72 dollars, because ..." -> 72."""
-    first = (text.split(maxsplit=1) or [""])[0]
-    if len(first) > LONG:
-        return first
-    text = MATH.sub(lambda m: " ".join(m[m.lastindex].split()), text.lstrip()[:LONG].replace("**", ""))
-    line = " ".join(re.split(r"\n|(?<!\\)[.!?](?:\s|$)", text)[0].split())
-    line = re.sub(r"\b(?:negative|minus) (?=[\d\\$])", "-", line)
-    line = re.sub(r"(?<=\d) ?[xX] ?(?=[$\d])", " * ", line)
-    line = re.sub(r"^(?:(?:[a-z]{2,}|a) )+(?=[-(\\$]*\d|\\|\([A-Z]\))", "", line)  # "equal to 5"
-    if re.match(r"[A-Za-z]{2,}(?: [^=]*)?$", line):  # "Janet makes $18 a day", or words alone: "east, since ..."
-        numbers = NUMBER.findall(line) if re.search(r"\b[a-z]{2}", line) else []
-        return tidy(numbers[-1] if numbers else re.split(r"[,;] | (?:because|since|as) ", line)[0])
-    prose = next((m for m in PROSE.finditer(line) if m[1]), None)
-    line = line[:prose.start()] if prose else line
-    left, _, right = line.rpartition("=")
-    is_value = not VARIABLE.search(right) and (len(left.strip()) == 1 or not VARIABLE.search(left))  # else the equation is the answer
-    return tidy(right if is_value else line)
-
-
-def tidy(answer):
-    """Without what surrounds it; a plain number also without its money sign and thousands separators."""
-    answer = answer.strip().rstrip(" .,;:\\")
-    if len(answer) > LONG:
-        return answer
-    while answer.endswith("}") and answer.count("{") < answer.count("}"):  # \boxed{The answer is 5}
-        answer = answer[:-1].rstrip(" .,;:\\")
-    plain = re.sub(r"\\?\$|(?<=\d),(?=\d{3}(?!\d))", "", answer).replace("−", "-")
-    return plain if re.fullmatch(r"-?\d*\.?\d+", plain) else answer
-
-
-# ---- comparing two answers
-
-def is_correct(completion, answer, strict=False):
-    """Does the completion end in the gold `answer`? The gold may be a bare answer or a whole solution that ends in one."""
-    found, gold = extract_answer(completion, strict), str(answer)
-    return found is not None and equal(extract_answer(gold, strict=True) or gold, found)
-
-
-def equal(gold, answer):
-    """Are two answers the same, as text or as mathematics?"""
-    gold, answer = normalise(gold), normalise(answer)
-    if not gold or gold == answer or max(len(gold), len(answer)) > LONG:
-        return gold == answer != ""
-    words, others = (re.sub(r"[\s().']", "", text).casefold() for text in (gold, answer))
-    if words.isalpha() and words == others:
-        return True
-    choice = CHOICE.fullmatch(answer)
-    if choice and not CHOICE.fullmatch(gold):  # "(C) 12" for the gold C, or for the gold 12
-        answer = choice[1] if re.fullmatch(r"\(?[A-H]\)?", gold) else choice[2]
-    units = [UNIT.search(gold), UNIT.search(answer)]
-    if all(units) and units[0][1] != units[1][1]:
-        return False
-    gold, answer = UNIT.sub("", gold), UNIT.sub("", answer)
-    if bool(BASE.search(gold)) != bool(BASE.search(answer)):
-        gold, answer = BASE.sub("", gold), BASE.sub("", answer)
-    percents = ("", "/100") if ("%" in gold) != ("%" in answer) else ("",)
-    try:
-        return any(same(read(tokenise(gold.replace("%", p))), read(tokenise(answer.replace("%", p)))) for p in percents)
-    except OverflowError:  # an exact number too large to compare with a float
-        return False
-
-
-FUNCTIONS = {"sin": cmath.sin, "cos": cmath.cos, "tan": cmath.tan, "cot": lambda z: 1 / cmath.tan(z), "sec": lambda z: 1 / cmath.cos(z),
-             "csc": lambda z: 1 / cmath.sin(z), "arcsin": cmath.asin, "arccos": cmath.acos, "arctan": cmath.atan, "exp": cmath.exp,
-             "ln": cmath.log, "log": cmath.log10}
-CONSTANTS = {"pi": cmath.pi, "e": cmath.e, "i": 1j}
-NAMES = "|".join(FUNCTIONS) + "|sqrt|pi"
-SYNONYMS = {old: new for new, olds in {
-    "": r"$ \$ £ € ¢ \( \) \[ \] \displaystyle", "-": "− – — ‐ ‑", "*": r"\cdot \times \ast × · ⋅", "/": r"\div ÷ \over", ":": r"\colon",
-    "=": r"\approx ≈", "|": r"\vert \lvert \rvert", "(": r"\langle", ")": r"\rangle", r"\{": r"\lbrace", r"\}": r"\rbrace", "<": r"\lt", ">": r"\gt",
-    "<=": r"\le \leq \leqslant ≤", ">=": r"\ge \geq \geqslant ≥", r"\pm": "±", r"\cup": "∪", r"\frac": r"\dfrac \tfrac \cfrac", r"\pi": "π pi",
-    r"\sqrt": "√ sqrt", r"\infty": "∞ infinity Infinity", r"\neq": r"\ne ≠", r"\emptyset": r"\varnothing ∅", r"\theta": "θ",
-}.items() for old in olds.split()}
-RULES = [(re.compile(pattern), replacement) for pattern, replacement in (
-    # a matrix becomes a tuple of rows in brackets; a row of one entry is that entry, so a column is a plain tuple
-    (r"\\begin\{(?:[bpB]?matrix|array)\}(?:\{[lcr|]*\})?", "(["), (r"(?:\\\\\s*)?\\end\{(?:[bpB]?matrix|array)\}", "])"),
-    (r"\\\\", "],["), ("&", ","),
-    (r"\\!\s*|\{(?=,\})|(?<=\{,)\}|(?<=\d)\\,(?=\d{3})", ""),  # 10,\!080 10{,}080 10\,080
-    (r"\\[,;: ]|~|\\q?quad(?![a-z])", " "),
-    (r"\\(?:left|right|[bB]igg?[lr]?)(?![a-zA-Z])", ""),
-    *2 * ((r"\\(?:text\w*|math[a-z]+|[mh]box|operatorname|boxed)\s*\{([^{}]*)\}", r" \1 "),),  # twice, for they nest
-    (r"\\(?:text\w*|math[a-z]+|boldsymbol|boxed)(?=\s*\{)", ""),
-    (r"\^?\s*(?:\{\s*\\circ\s*\}|\\circ(?![a-z])|\\degree|°)", " "),
-    (r"(?<=[\d)}])\s*(?:\\approx|≈).*", ""),  # 1/3 \approx 0.33
-    (r"\\\{\s*\\\}", r"\\emptyset "), (r"²", "^2"), (r"³", "^3"), (r"\*\*", "^"), (r"\\%|\bpercent\b", "%"),
-    (r"\b([ap])\.m\b\.?", r"\1m"), (r"(?<=\d)(?=[A-Za-z]{4,}|[ckm]m\b)", " "),  # 10 a.m. 12inches
-    (r",?\s+(?:and|or)\s+", ", "), (r"^\s*[a-zA-Z]\s*(?:\\in(?![a-z])|∈)", ""),  # x \in [0, 1]
-    (r"\s*_\s*\{\s*\(?(\w+)\)?\s*\}", r"_\1"), (r"^\s*\((\w+)\)(?=_)", r"\1"),  # (52)_{8}
-    (r"\\[dtc]?frac\s*(\d)", r"\\frac{\1}"), (r"(\\[dtc]?frac\s*\{[^{}]*\})\s*(\d)", r"\1{\2}"),  # \frac43
-    (r"(?<![\w.^])(\d+)\s*\\[dtc]?frac\s*\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}|(?<![\w.])(\d+)\s+(\d+)\s*/\s*(\d+)",
-     r"(\1\4+\2\5/\3\6)"),  # 1\frac{3}{4} and 1 3/4
-    (r"(\d)[eE]([-+]?\d)", r"\1*10^\2"),
-    (r"(\d*)\.(\d*)\\overline\s*\{(\d+)\}", lambda m: "((%s%s%s-0%s%s)/%s%s)" % (*m.groups(), m[1], m[2], "9" * len(m[3]), "0" * len(m[2]))),
-)]
-UNIT = re.compile(rf"(?<=[\d)}}\]i]) (?:(?:square|sq|cubic)\.? )*(?!(?:{NAMES})\b)"  # after a number: " cm^2", " square inches", " miles per hour"
-                  r"(?=[A-Za-z]{3}|(?:[cmk]?m|[km]?g|in|ft|lb|oz|mi|yd|hr|[ap]m|[shLCF])\b)([A-Za-z])(?:[A-Za-z ./]|\^\{?[23]\}?)*(?=$|[,)\]\\])")
-CHOICE = re.compile(r"\(([A-H])\) (.+)")  # (C) 12
-BASE = re.compile(r"(?<=\w)_\d+$")  # 4210_5
-TOKEN = re.compile(rf"\d+(?:\.\d*)?|\.\d+|\\[a-zA-Z]+|\\.|<=|>=|\b[A-Za-z]{{4,}}|{NAMES}|[A-Z]{{2,}}|[A-Za-z]_\w|\S")  # AB is one name, xy is x times y
-
-
-def normalise(answer):
-    """One spelling for the many of LaTeX and plain text."""
-    if len(answer) <= LONG:
-        for pattern, replacement in RULES:
-            answer = pattern.sub(replacement, answer)
-        if not re.search(r"[(\[]|\\\{", answer):  # 1,250 is a number, (1,250) a pair
-            answer = re.sub(r"(?<=\d)[, ](?=\d{3}(?!\d))", "", answer)
-    return " ".join(answer.split()).rstrip(" .,;:")
-
-
-def tokenise(answer):
-    return [token for token in (SYNONYMS.get(token, token) for token in TOKEN.findall(answer)) if token]
-
-
-# ---- reading: tokens -> tree
-
-OPEN, CLOSE = ("(", "[", "{", r"\{"), (")", "]", "}", r"\}")
-
-
-def split(tokens, separators):
-    """The parts between separators outside all brackets, those separators, and whether one pair of brackets holds everything."""
-    parts, found, depth, closed = [[]], [], 0, 0
-    for token in tokens:
-        depth += (token in OPEN) - (token in CLOSE)
-        closed += depth == 0 and token in CLOSE
-        if depth == 0 and token in separators:
-            found.append(token)
-            parts.append([])
-        else:
-            parts[-1].append(token)
-    return parts, found, closed == 1 and tokens[0] in OPEN and tokens[-1] in CLOSE
-
-
-def read(tokens, depth=0):
-    """An answer as a tree: ("any", trees) in any order, ("(]", trees) in this one, ("value", numbers), ("text", string), or see relation."""
-    if depth > DEEP:
-        return "text", "".join(tokens)
-    parts, commas, bracketed = split(tokens, (",", r"\cup"))
-    if not commas and (r"\pm" in tokens or r"\mp" in tokens) and tokens[0] != r"\{":
-        parts = [[{r"\pm": plus, r"\mp": minus}.get(token, token) for token in tokens] for plus, minus in ("+-", "-+")]
-    if len(parts) > 1:
-        trees = [read(part, depth + 1) for part in parts if part]
-        return "any", [leaf for tree in trees for leaf in (tree[1] if tree[0] == "any" else [tree])]
-    sides, signs, _ = split(tokens, ("=", "<", ">", "<=", ">="))
-    if signs:
-        return relation(sides, signs, depth + 1)
-    if bracketed:
-        items, commas, _ = split(tokens[1:-1], (",",))
-        is_ordered = commas and tokens[0] in "(["
-        return (tokens[0] + tokens[-1], [read(item, depth + 1) for item in items]) if is_ordered else read(tokens[1:-1], depth + 1)
-    return leaf(tokens)
-
-
-def leaf(tokens):
-    try:
-        return "value", [compute(tokens, point) for point in range(3)]
-    except (ValueError, ArithmeticError):
-        return "text", "".join(token for token in tokens if token not in "{}").casefold()
-
-
-def is_name(tokens):
-    """x, x_1, f(x), Area"""
-    return re.fullmatch(r"\\?[A-Za-z]+(_\w)?(\([a-z]\))?", "".join(tokens)) is not None
-
-
-def relation(sides, signs, depth):
-    """An equation as ("=", left - right up to a factor, right, is left a mere name). An inequality in a mere name as the interval it is."""
-    named = [is_name(side) for side in sides]
-    if set(signs) == {"="}:
-        left, right = (-1, 0) if named[-1] and not named[0] else (0, -1)  # 5 = x
-        kind, difference = leaf([*sides[left], "-", "(", *sides[right], ")"])
-        if kind == "value" and difference[0]:
-            difference = [number / difference[0] for number in difference]
-        return "=", (kind, difference), read(sides[right], depth), named[left]
-    if set(signs) <= {">", ">="}:
-        return relation(sides[::-1], [sign.replace(">", "<") for sign in signs[::-1]], depth)
-    if len(sides) == 2 and any(named):  # x < 3 is -oo < x < 3
-        sides, signs = ([["-", r"\infty"], *sides], ["<", *signs]) if named[0] else ([*sides, [r"\infty"]], [*signs, "<"])
-    trees = [read(side, depth) for side in sides]
-    if len(sides) == 3 and is_name(sides[1]):
-        return {"<": "("}.get(signs[0], "[") + {"<": ")"}.get(signs[1], "]"), [trees[0], trees[2]]
-    return " ".join(signs), trees
-
-
-def same(gold, answer):
-    """Are two trees equal? An equation is also its right side, but a gold equation only where its left side is a name, as in x = 5."""
-    if "any" in (gold[0], answer[0]):
-        a, b = (tree[1] if tree[0] == "any" else [tree] for tree in (gold, answer))
-        return all(any(same(x, y) for y in b) for x in a) and all(any(same(x, y) for x in a) for y in b)
-    if gold[0] == "=" != answer[0]:
-        return gold[3] and same(gold[2], answer)
-    if answer[0] == "=" != gold[0]:
-        return same(gold, answer[2])
-    kind, a, b = gold[0], gold[1], answer[1]
-    if kind != answer[0] or kind == "text":
-        return kind == answer[0] and a == b
-    if kind == "=":
-        return same(a, b)
-    if kind == "value":
-        return all(x == y if type(x) is type(y) is Fraction else cmath.isclose(x, y, rel_tol=1e-9, abs_tol=1e-12) for x, y in zip(a, b))
-    return len(a) == len(b) and all(map(same, a, b))
-
-
-# ---- computing: tokens -> number
-
-def power(base, exponent):
-    if isinstance(base, Fraction) and isinstance(exponent, Fraction) and exponent.denominator == 1:
-        if abs(exponent) * max(base.numerator.bit_length(), base.denominator.bit_length()) <= BITS:
-            return base ** int(exponent)
-    return complex(base) ** complex(exponent)
-
-
-# how tightly an operator binds what stands to its left and to its right; 3 is multiplication without a sign, 4 a leading minus, 9 a single operand
-OPERATORS = {"+": (1, 1, operator.add), "-": (1, 1, operator.sub), "*": (2, 3, operator.mul), "/": (2, 3, operator.truediv), "^": (6, 5, power)}
-
-
-def compute(tokens, point):
-    """The value of an expression at one of three points: a Fraction while exact, else a complex float. ValueError or ArithmeticError where there is
-    none. `operand(level)` reads on while operators bind tighter than its level, so that sin 2x is sin(2x), yet 1/2x is (1/2)x."""
-    rest = ["", *reversed(tokens)]
-
-    def skip(token):
-        return rest[-1] == token and bool(rest.pop())
-
-    def group(close, depth):
-        value = operand(0, depth)
-        if rest.pop() != close:
-            raise ValueError("unbalanced, or no expression")
-        return value
-
-    def operand(level, depth):
-        if depth > DEEP:
-            raise ValueError("too deep")
-        token, depth = rest.pop(), depth + 1
-        name = token.lstrip("\\")
-        if token in ("+", "-"):
-            value = operand(4, depth) * (-1 if token == "-" else 1)
-        elif token[:1].isdigit() or token[:1] == ".":
-            value = Fraction(token)
-        elif token in OPEN:
-            value = group(CLOSE[OPEN.index(token)], depth)
-        elif token == "|":
-            value = abs(group("|", depth))
-        elif token == r"\frac":
-            value = operand(9, depth) / operand(9, depth)
-        elif token == r"\sqrt":
-            degree = group("]", depth) if skip("[") else 2
-            value = power(operand(9, depth), Fraction(1) / degree)
-        elif name in FUNCTIONS:
-            base = operand(9, depth) if skip("_") else 10
-            exponent = operand(9, depth) if skip("^") else Fraction(1)
-            value = FUNCTIONS[name](complex(operand(9 if rest[-1] in OPEN else 2, depth))) / cmath.log10(complex(base))
-            value = power(value, exponent)
-        elif name in CONSTANTS:
-            value = CONSTANTS[name]
-        elif name[:1].isalpha():
-            value = Fraction(crc32(f"{name} {point}".encode()) % 1999 + 1, 64)
-        else:
-            raise ValueError("no expression")
-        while True:
-            if not isinstance(value, Fraction) and not cmath.isfinite(value):
-                raise ValueError("too large")
-            if isinstance(value, Fraction) and max(value.numerator.bit_length(), value.denominator.bit_length()) > BITS:
-                value = complex(value)
-            sign, name = rest[-1], rest[-1].lstrip("\\")
-            unsigned = (2 if name in FUNCTIONS else 3, 3, operator.mul) if sign in OPEN or name[:1].isalpha() else (0, 0, None)
-            left, right, function = OPERATORS.get(sign, unsigned)
-            if skip("!"):
-                if value not in range(171):
-                    raise ValueError("no factorial, or too large")
-                value = Fraction(math.factorial(int(value)))
-            elif left <= level:
-                return value
-            else:
-                sign in OPERATORS and rest.pop()
-                value = function(value, operand(right, depth))
-
-    return group("", 0)
-
-
-# ---------------------------------------------------------------------------------------------------
-# Its score
-
-def score(model, tokenizer, problems, max_new_tokens=512, samples=0, temperature=1.0, seed=0, batch_size=256):
-    """Complete every problem greedily and `samples` times at `temperature`; one row a problem, in order.
-
-    A row has the problem's fields, then one entry a completion, the greedy one first: completions (text), extracted,
-    correct (strict, as training grades), flexible (the last number where no answer is marked), truncated, tokens.
+    The one place where completions are judged, for the search, for training and for scores.
+    `problem` has every field of its data file, for graders that want more than the answer.
     """
-    eos = eos_ids(model, tokenizer)
-    prompts = [encode(tokenizer, problem["question"])[0] for problem in problems]
+    return is_correct(text, problem["answer"], strict=True)
+
+
+def score(model, tokenizer, problems, max_new_tokens=512, samples=0, temperature=1.0, seed=0,
+          batch_size=256, encode_prefix=None):
+    """Complete every problem greedily and `samples` times at `temperature`; one row a problem.
+
+    A row has the problem's fields, then one entry a completion, the greedy one first: completions
+    (text), extracted (the answer found), correct (marked, as in training), flexible (also the last
+    number, where no answer is marked), truncated (at max_new_tokens: never correct), tokens.
+    """
+    encode_prefix = encode_prefix or partial(encode, tokenizer)
+    ends = eos_ids(model, tokenizer)
+    prompts = [encode_prefix(problem["question"])[0] for problem in problems]
+    check_prompts(model, problems, prompts, max_new_tokens)
     greedy = generate(model, tokenizer, prompts, max_new_tokens, 0, batch_size=batch_size)
-    seeds = [(seed, crc32(problem["id"].encode()), j) for problem in problems for j in range(samples)]
-    sampled = generate(model, tokenizer, [prompt for prompt in prompts for _ in range(samples)], max_new_tokens,
-                       temperature, seeds, batch_size=batch_size)
+    repeated = []
+    seeds = []
+    for problem, prompt in zip(problems, prompts):
+        repeated += [prompt] * samples
+        seeds += [(seed, crc32(problem["id"].encode()), j) for j in range(samples)]
+    sampled = generate(model, tokenizer, repeated, max_new_tokens, temperature, seeds,
+                       batch_size=batch_size)
     rows = []
     for k, problem in enumerate(problems):
         completions = [greedy[k], *sampled[k * samples:(k + 1) * samples]]
-        texts = [decode(tokenizer, completion) for completion in completions]
-        rows.append({**problem, "completions": texts, "extracted": [extract_answer(text) for text in texts],
-                     "correct": [is_correct(text, problem["answer"], strict=True) for text in texts],
-                     "flexible": [is_correct(text, problem["answer"]) for text in texts],
-                     "truncated": [completion[-1] not in eos for completion in completions],
-                     "tokens": [len(completion) for completion in completions]})
+        texts = [decode(tokenizer, ids) for ids in completions]
+        truncated = [ids[-1] not in ends for ids in completions]
+        correct = [is_solved(text, problem) for text in texts]
+        flexible = [is_correct(text, problem["answer"]) for text in texts]
+        rows.append(dict(
+            problem, completions=texts, truncated=truncated,
+            extracted=[extract_answer(text) for text in texts],
+            correct=[good and not cut for good, cut in zip(correct, truncated)],
+            flexible=[good and not cut for good, cut in zip(flexible, truncated)],
+            tokens=[len(ids) for ids in completions]))
     return rows
 
 
-def wilson(successes, n):
-    """95 % interval of a share (Wilson 1927): honest at 0, at n and for few problems."""
-    z, p = 1.96, successes / n
-    centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
+def mean_interval(values, clusters):
+    """Mean and 95 % interval of one figure a problem.
+
+    The problems are the sample, or their clusters: instances of one template are no independent
+    problems. For shares of independent problems, Wilson's interval (1927), honest at 0 and 1.
+    """
+    values = np.array(values, float)
+    sizes = np.bincount(np.unique(clusters, return_inverse=True)[1])
+    successes = int(values.sum())
+    if sizes.max() == 1 and set(values) <= {0.0, 1.0}:
+        interval = binomtest(successes, len(values)).proportion_ci(method="wilson")
+        return values.mean(), interval.low + 0.0, interval.high
+    deviations = np.bincount(np.unique(clusters, return_inverse=True)[1], values - values.mean())
+    count = len(sizes)
+    error = np.sqrt((deviations ** 2).sum() * count / max(count - 1, 1)) / len(values)
+    return values.mean(), values.mean() - 1.96 * error, values.mean() + 1.96 * error
 
 
-def normal(values):
-    """Mean and 95 % interval of one figure a problem, the problems being the sample."""
-    half = 1.96 * np.std(values, ddof=len(values) > 1) / math.sqrt(len(values))
-    return np.mean(values), (np.mean(values) - half, np.mean(values) + half)
+def majority(row):
+    """Whether the most frequent answer of the samples is right; equal answers vote together."""
+    answers = [extract_answer(text, strict=True) for text in row["completions"][1:]]
+    answers = [answer for answer in answers if answer is not None]
+    votes = [sum(equal(answer, other) for other in answers) for answer in answers]
+    return bool(votes) and equal(row["answer"], answers[int(np.argmax(votes))])
 
 
 def summarise(rows):
-    """The figures of a scored data set, as shares: name -> (value, 95 % interval or None)."""
-    n, k = len(rows), len(rows[0]["correct"]) - 1
-    greedy, flexible = (sum(row[name][0] for row in rows) for name in ("correct", "flexible"))
-    figures = {"greedy": (greedy / n, wilson(greedy, n)), "flexible": (flexible / n, wilson(flexible, n))}
-    if k:
-        figures[f"mean@{k}"] = normal([np.mean(row["correct"][1:]) for row in rows])
-        majority, best = 0, 0
-        for row in rows:
-            votes = Counter(answer for answer in row["extracted"][1:] if answer is not None).most_common(1)
-            majority += bool(votes) and row["correct"][1:][row["extracted"][1:].index(votes[0][0])]
-            best += any(row["correct"][1:])
-        figures |= {f"maj@{k}": (majority / n, wilson(majority, n)), f"pass@{k}": (best / n, wilson(best, n))}
-    figures["truncated"] = np.mean([any(row["truncated"]) for row in rows]), None
-    return figures
+    """The figures of a scored data set: name -> (share, low, high), the 95 % interval."""
+    samples = len(rows[0]["correct"]) - 1
+    figures = {"greedy": [row["correct"][0] for row in rows],
+               "flexible": [row["flexible"][0] for row in rows]}
+    if samples:
+        figures[f"mean@{samples}"] = [np.mean(row["correct"][1:]) for row in rows]
+        figures[f"maj@{samples}"] = [majority(row) for row in rows]
+        figures[f"pass@{samples}"] = [any(row["correct"][1:]) for row in rows]
+    figures["truncated"] = [np.mean(row["truncated"]) for row in rows]
+    clusters = clusters_of(rows)
+    return {name: mean_interval(values, clusters) for name, values in figures.items()}
+
+
+def clusters_of(rows):
+    """What the intervals take as independent: GSM-Symbolic's templates, else the problems."""
+    return [str(row.get("template", row["id"])) for row in rows]
 
 
 def table(rows):
-    """summarise(rows) as text, then greedy accuracy by the number of steps or the level where the data has it."""
-    lines = [f"{len(rows)} problems, {np.mean([t for row in rows for t in row['tokens']]):.0f} tokens a completion"]
-    for name, (value, interval) in summarise(rows).items():
-        lines.append(f"{name:>10}  {100 * value:5.1f} %" + (f"   95 % [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]" if interval else ""))
+    """summarise(rows) as text, then greedy accuracy by steps, level or subject where there are."""
+    tokens = [count for row in rows for count in row["tokens"]]
+    lines = [f"{len(rows)} problems, {np.mean(tokens):.0f} tokens a completion"]
+    for name, (share, low, high) in summarise(rows).items():
+        lines.append(f"{name:>10}  {100 * share:5.1f} %   95 % [{100 * low:.1f}, {100 * high:.1f}]")
     for key in ("steps", "level", "subject"):
-        parts = {}
-        for row in rows:
-            if key in row:
-                parts.setdefault(row[key], []).append(row["correct"][0])
-        for part in sorted(parts, key=str):
-            lines.append(f"{key:>10} {printable(str(part))}: {100 * np.mean(parts[part]):5.1f} % of {len(parts[part])}")
+        parts = sorted({str(row[key]) for row in rows if key in row})
+        for part in parts:
+            correct = [row["correct"][0] for row in rows if str(row.get(key)) == part]
+            lines.append(f"{key:>10} {printable(part)}: {100 * np.mean(correct):5.1f} % "
+                         f"of {len(correct)}")
     return "\n".join(lines)
 
 
 def compare(first, second):
-    """Two runs on the same problems, paired: text with the difference, its 95 % interval and McNemar's exact test."""
-    second = {row["id"]: row for row in second}
-    pairs = [(row["correct"], second[row["id"]]["correct"]) for row in first if row["id"] in second]
-    if not pairs:
-        raise InputError("the two files have no problem in common. Expected two scorings of one data set.")
-    lines = [f"{len(pairs)} problems in both"]
-    for name, figure in (("greedy", lambda correct: correct[0]), ("mean@k", lambda correct: np.mean(correct[1:]) if correct[1:] else np.nan)):
-        a, b = (np.array([figure(pair[side]) for pair in pairs], float) for side in (0, 1))
-        if np.isnan(a - b).any():
-            continue
-        difference, (low, high) = normal(b - a)
-        wins, losses = int((b > a).sum()), int((b < a).sum())
-        tail = sum(math.comb(wins + losses, j) for j in range(min(wins, losses) + 1))
-        p = min(1.0, 2 * tail / 2 ** (wins + losses))
-        lines.append(f"{name:>8}  {100 * a.mean():.1f} % -> {100 * b.mean():.1f} %, difference {100 * difference:+.1f} points, 95 % "
-                     f"[{100 * low:+.1f}, {100 * high:+.1f}]; {wins} better, {losses} worse, exact sign test p = {p:.2g}")
+    """Two scorings of the same problems, paired, as text: the difference, its 95 % interval and an
+    exact sign test. InputError where no problem, or not the same problem, stands in both."""
+    others = {row["id"]: row for row in second}
+    first = [row for row in first if row["id"] in others]
+    second = [others[row["id"]] for row in first]
+    for a, b in zip(first, second):
+        if (a["question"], a["answer"]) != (b["question"], b["answer"]):
+            raise InputError(f"the id {shorten(a['id'])} stands for two problems. Expected two "
+                             "scorings of one data set.")
+    if not first:
+        raise InputError("the two have no problem in common. Expected scorings of one data set.")
+    lines = [f"{len(first)} problems in both"]
+    sampled = len(first[0]["correct"]) > 1 and len(second[0]["correct"]) > 1
+    for name in ["greedy", "mean@k"] if sampled else ["greedy"]:
+        kept = slice(0, 1) if name == "greedy" else slice(1, None)
+        a = np.array([np.mean(row["correct"][kept]) for row in first])
+        b = np.array([np.mean(row["correct"][kept]) for row in second])
+        difference, low, high = mean_interval(b - a, clusters_of(first))
+        wins = int((b > a).sum())
+        losses = int((b < a).sum())
+        p = binomtest(wins, wins + losses).pvalue if wins + losses else 1.0
+        lines.append(
+            f"{name:>8}  {100 * a.mean():.1f} % -> {100 * b.mean():.1f} %, difference "
+            f"{100 * difference:+.1f} points, 95 % [{100 * low:+.1f}, {100 * high:+.1f}]; "
+            f"{wins} better, {losses} worse, exact sign test p = {p:.2g}")
     return "\n".join(lines)
 
 
+def parse_score(row, number):
+    """A row of a file of scores, checked: read_jsonl's `parse`."""
+    for name in ("id", "question", "answer"):
+        get_field(row, name, str, "text, as evaluate.py writes it")
+    for name in ("completions", "correct", "flexible", "truncated", "tokens"):
+        column = get_field(row, name, list, "a list, one entry a completion")
+        if not len(column) == len(row["completions"]) > 0:
+            raise InputError(f"field \"{name}\" is {shorten(column)}; expected one entry a "
+                             "completion, as evaluate.py writes them.")
+    return row
+
+
 def read_scores(path):
-    """The rows of a file of scores, by id."""
-    def parse(row, number):
-        take(row, "id", str, "the problem's id")
-        for name, kind in (("correct", bool), ("flexible", bool), ("truncated", bool), ("tokens", int), ("extracted", (str, type(None)))):
-            column = take(row, name, list, "a list, one entry a completion")
-            if not len(column) == len(row["correct"]) > 0 or not all(isinstance(entry, kind) for entry in column):
-                raise InputError(f"field \"{name}\" is {shorten(column)}; expected one entry a completion, as evaluate.py writes them.")
-        return row
-    return {row["id"]: row for row in read_jsonl(path, parse)}
+    """The rows of a file of scores."""
+    return list(read_jsonl(path, parse_score))
+
+
+def unfinished(path, parse, settings, problems, rank, world):
+    """This rank's share of the problems that an output file does not hold yet.
+
+    Rank 0 reads the file before anybody appends to it, and says what is taken from it. InputError
+    where the file is not of these settings, or has another problem under one of the ids.
+    """
+    done = {}
+    asked = {problem["id"]: problem for problem in problems}
+    for row in continue_jsonl(path, parse) if rank == 0 else []:
+        other = [key for key in settings if row.get("settings", {}).get(key) != settings[key]]
+        if other:
+            raise InputError(f"{path} holds work of another {other[0]}, "
+                             f"{shorten(row.get('settings', {}).get(other[0]))} instead of "
+                             f"{shorten(settings[other[0]])}. Choose another --out.")
+        problem = asked.get(row["id"], row)
+        if (problem["question"], problem["answer"]) != (row["question"], row["answer"]):
+            raise InputError(f"{path} holds another problem with the id {shorten(row['id'])}. "
+                             "Choose another --out.")
+        done[row["id"]] = True
+    done = gather(done)[0]
+    todo = [problem for problem in problems if problem["id"] not in done]
+    if rank == 0 and len(todo) < len(problems):
+        print(f"{len(problems) - len(todo)} of {len(problems)} problems are taken from {path}")
+    return todo[rank::world]
 
 
 def main():
     parser = arguments("Score a policy on a data set, or compare two scorings.")
-    parser.add_argument("--model", default="data/arithmetic/student", help="a folder or a hub name")
-    parser.add_argument("--adapter", help="a PEFT adapter, such as a run folder of train.py")
-    parser.add_argument("--data", default="data/arithmetic/test.jsonl", help="problems, JSONL")
-    parser.add_argument("--out", help="JSONL of every completion; default out/eval-POLICY-DATA.jsonl; one that is there is continued")
-    parser.add_argument("--samples", type=at_least(0), default=0, help="completions a problem beside the greedy one, for mean@k, maj@k and pass@k")
-    parser.add_argument("--temperature", type=at_least(0, float), default=1.0, help="of those samples")
-    parser.add_argument("--max_new_tokens", type=at_least(1), default=512, help="limit of a completion; MATH wants 2048")
-    parser.add_argument("--batch_size", type=at_least(1), default=128, help="completions decoded side by side")
-    parser.add_argument("--limit", type=at_least(0), default=0, help="score the first so many problems, 0 is all")
-    parser.add_argument("--seed", type=at_least(0), default=0, help="of the samples")
-    parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="test two JSONL files of scores on the same problems, and do nothing else")
-    parser.add_argument("--skip_bad", action="store_true", help="name and skip bad lines of --data instead of stopping")
-    parser.add_argument("--trust_remote_code", action="store_true", help="run the model's own code from the hub")
+    add = parser.add_argument
+    add("--model", default="data/arithmetic/student", help="a folder or a hub name")
+    add("--adapter", help="a PEFT adapter, such as a run folder of train.py")
+    add("--data", default="data/arithmetic/test.jsonl", help="problems, JSONL")
+    add("--out", help="every completion, JSONL, continued if it is there; "
+        "default out/eval-POLICY-DATA.jsonl")
+    add("--samples", type=at_least(0), default=0, help="sampled completions a problem, beside the "
+        "greedy one, for mean@k, maj@k and pass@k")
+    add("--temperature", type=at_least(0, float), default=1.0, help="of those samples")
+    add("--max_new_tokens", type=at_least(1), default=512, help="MATH wants 2048")
+    add("--batch_size", type=at_least(1), default=128, help="completions decoded side by side")
+    add("--limit", type=at_least(0), default=0, help="score the first so many problems, 0 is all")
+    add("--seed", type=at_least(0), default=0, help="of the samples")
+    add_prompt_flags(add)
+    add("--compare", nargs=2, metavar=("A", "B"), help="compare two files of scores, nothing else")
     args = parser.parse_args()
     if args.compare:
-        return print(compare(*(list(read_scores(path).values()) for path in args.compare)))
-    if int(os.environ.get("RANK", 0)):
-        return  # with torchrun the first process scores, alone
-    problems = read_problems(args.data, args.limit, args.skip_bad)
-    stem = os.path.splitext(os.path.basename(args.data))[0]
-    path = args.out or f"out/eval-{os.path.basename((args.adapter or args.model).rstrip('/'))}-{stem}.jsonl"
-    policy = f"{args.model} {args.adapter} T={args.temperature} k={args.samples} max={args.max_new_tokens} seed={args.seed}"
-    drop_torn_line(path)
-    done = read_scores(path) if os.path.getsize(path) else {}
-    if any(row.get("policy") != policy for row in done.values()):
-        raise InputError(f"{path} holds scores of another policy or other settings, {shorten(next(iter(done.values())).get('policy'))}, "
-                         f"not of {shorten(policy)}. Choose another --out or remove the file.")
-    for problem in problems:
-        if problem["id"] in done and any(done[problem["id"]].get(key) != problem[key] for key in ("question", "answer")):
-            raise InputError(f"{path} holds the score of another problem with the id {shorten(problem['id'])}. Choose another --out or remove the file.")
-    _, _, device = distributed()
-    model, tokenizer = load(args.model, args.adapter, device, trust_remote_code=args.trust_remote_code)
-    problems = fitting(model, tokenizer, problems, args.skip_bad)
-    todo = [problem for problem in problems if problem["id"] not in done]
-    with open(path, "a", encoding="utf-8") as out, tqdm(total=len(problems), initial=len(problems) - len(todo), unit="problem") as bar:
+        print(compare(*map(read_scores, args.compare)))
+        return
+    rank, world, device = distributed()
+    policy = os.path.basename(os.path.abspath(args.adapter or args.model))
+    data = os.path.splitext(os.path.basename(args.data))[0]
+    path = args.out or f"out/eval-{policy}-{data}.jsonl"
+    problems = read_problems(args.data, args.limit)
+    held = lock(path) if rank == 0 else None  # until the end of the process
+    model, tokenizer = load(args.model, args.adapter, device)
+    settings = {key: vars(args)[key] for key in (
+        "samples", "temperature", "max_new_tokens", "seed", "instruction", "chat_template_kwargs")}
+    settings |= {"weights": weights_checksum(model), "prompt_date": FIXED_DATE}
+    todo = unfinished(path, parse_score, settings, problems, rank, world)
+    with tqdm(total=len(todo), unit="problem", disable=rank > 0, dynamic_ncols=True) as bar:
         for start in range(0, len(todo), args.batch_size):
-            rows = score(model, tokenizer, todo[start:start + args.batch_size], args.max_new_tokens, args.samples, args.temperature,
-                         args.seed, args.batch_size)
-            out.writelines(json.dumps({**row, "policy": policy}, ensure_ascii=False) + "\n" for row in rows)
-            out.flush()
-            done |= {row["id"]: row for row in rows}
+            rows = score(model, tokenizer, todo[start:start + args.batch_size],
+                         args.max_new_tokens, args.samples, args.temperature, args.seed,
+                         args.batch_size, encoder(tokenizer, args))
+            for row in rows:
+                append_jsonl(path, dict(row, settings=settings))
             bar.update(len(rows))
-            bar.set_postfix(greedy=f"{100 * np.mean([row['correct'][0] for row in done.values()]):.1f} %")
-    print(table([done[problem["id"]] for problem in problems]) + f"\nevery completion is in {path}")
+    gather("done")
+    if rank == 0:
+        asked = {problem["id"] for problem in problems}
+        print(table([row for row in read_scores(path) if row["id"] in asked]))
+        print(f"every completion is in {path}")
+    if world > 1:
+        dist.destroy_process_group()
+    return held
 
 
 if __name__ == "__main__":

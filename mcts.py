@@ -3,238 +3,289 @@ The teacher's multi-turn Monte Carlo tree search over many problems at once (App
 
 A node is a reasoning step. One rollout of one problem:
 1. Select: from the question down, an unvisited child at random, else the child of the highest
-   UCT = value / visits + c sqrt(ln visits(parent) / visits); what is terminal or exhausted is skipped.
-2. Expand: sample up to `branch` next steps, each up to its blank line; equal ones are merged.
-3. Simulate: from a new child to the end in one continuation; its steps, to `max_depth`, become nodes.
-4. Back up: the reward, 1 for the known answer, and a visit along the path.
+   UCT = value / visits + c sqrt(ln visits(parent) / visits). What is closed is skipped.
+2. Expand: sample up to `branch` next steps, each up to its blank line. Equal ones are merged.
+3. Simulate: from a new child to the end in one continuation. Its steps become nodes.
+4. Back up: a visit and the reward, 1 for the known answer, to every node of the path.
+A search is a generator that yields Requests and is sent Replies: it reads as if it were alone.
+`run` advances hundreds of them side by side, and samples what they ask for in one call.
 
-Each problem's search is a generator that yields the completions it wants and is sent what was sampled: it reads as
-if it were alone. The driver advances hundreds side by side and pools their wishes into one `generate` call a tick.
-
-    python mcts.py                                                    # the embedded teacher on the embedded problems
-    torchrun --nproc_per_node 8 mcts.py --model Qwen/Qwen2.5-7B-Instruct --data data/gsm8k/train.jsonl --out out/gsm8k_search.jsonl
+    python mcts.py            # the embedded teacher on the embedded problems
+    torchrun --nproc_per_node 8 mcts.py --model Qwen/Qwen2.5-7B-Instruct \
+        --data data/gsm8k/train.jsonl --out out/gsm8k_search.jsonl
 """
-import fcntl
-import json
 import math
-import os
-import time
-import zlib
+from collections import deque
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import count, islice
+from typing import Iterator, NamedTuple
+from zlib import crc32
 
-from tree import (ANSWER_MARKER, BLANK_LINE, JOIN, InputError, arguments, at_least, drop_torn_line, leave_on_signals, read_jsonl,
-                  read_problems, run_command, shorten, take)
-
-if __name__ == "__main__":
-    leave_on_signals()  # torch takes seconds to import
-
-import numpy as np
 import torch.distributed as dist
 from tqdm import tqdm
 
 import evaluate
+import tree
+from tree import BLANK_LINE, JOIN
 
 
+# ---- The search of one problem -------------------------------------------------------------------
 @dataclass
 class Node:
     parent: int
-    step: str
-    ids: list                     # the step's tokens with its closing blank line; the prompt's at the root
+    step: str                # "" at the root, which is the question
+    ids: list                # tokens of the prompt and of all steps down to here
+    text: str                # the text of these steps
     depth: int
     visits: int = 0
-    value: float = 0.0
-    terminal: bool = False        # the solution ends here
-    reward: float = None          # of the rollout that ended here
-    rest: str = None              # what that rollout wrote below max_depth, where steps are no nodes any more
+    value: float = 0.0       # sum of the rewards backed up
+    terminal: bool = False   # a solution ends here
+    reward: float = None     # of the last rollout whose last node this was
+    rest: str = ""           # what that rollout wrote behind this step
     expanded: bool = False
-    closed: bool = False          # terminal or exhausted: nothing new below
+    closed: bool = False     # nothing new can be found here or below
     children: list = field(default_factory=list)
 
 
+class Request(NamedTuple):
+    """What a search wants sampled. It is sent a list of `count` Replies."""
+    prefix_ids: list
+    stop_at_blank: bool      # one step, or on to the end of the solution
+    count: int
+
+
+class Reply(NamedTuple):
+    text: str
+    ended: bool              # the model ended its solution within the limit of tokens
+
+
 def path_to(nodes, node):
-    """Node numbers from the root to `node`."""
-    path = [node]
-    while nodes[path[-1]].parent >= 0:
-        path.append(nodes[path[-1]].parent)
-    return path[::-1]
+    """Node numbers from the root to `node`, both included."""
+    if node == 0:
+        return [0]
+    return [*path_to(nodes, nodes[node].parent), node]
 
 
-def select(nodes, c_uct, rng):
-    """The node to work on next: unvisited, or visited and not expanded yet."""
+def uct(child, parent, c):
+    """The child's mean reward, and a bonus for few visits (Kocsis and Szepesvari 2006)."""
+    return child.value / child.visits + c * math.sqrt(math.log(parent.visits) / child.visits)
+
+
+def select(nodes, c, rng):
+    """The node to work on next: not visited, or not expanded, or without usable next steps."""
     node = 0
-    while nodes[node].expanded:
-        children = [k for k in nodes[node].children if not nodes[k].closed]
-        unvisited = [k for k in children if nodes[k].visits == 0]
-        if unvisited:
-            return int(rng.choice(unvisited))
-        log_visits = math.log(nodes[node].visits)
-        node = max(children, key=lambda k: nodes[k].value / nodes[k].visits + c_uct * math.sqrt(log_visits / nodes[k].visits))
+    while nodes[node].expanded and nodes[node].children:
+        children = [child for child in nodes[node].children if not nodes[child].closed]
+        new = [child for child in children if nodes[child].visits == 0]
+        if new:
+            return int(rng.choice(new))
+        scores = [uct(nodes[child], nodes[node], c) for child in children]
+        node = children[scores.index(max(scores))]
     return node
 
 
-def add_child(nodes, parent, step, terminal, encode_step):
-    """The child of `parent` with this step, new or met before. What ends one solution may go on in another: two nodes."""
-    for child in nodes[parent].children:
-        if (nodes[child].step, nodes[child].terminal) == (step, terminal):
+def add_child(nodes, parent, step, last, encode_step):
+    """The child of `parent` with this step, new or met before. It is terminal where it was the last
+    of a solution or states an answer. A step that is the last in some solutions is two nodes."""
+    terminal = last or bool(evaluate.extract_answer(step, strict=True))
+    above = nodes[parent]
+    for child in above.children:
+        if nodes[child].step == step and nodes[child].terminal == terminal:
             return child
-    nodes.append(Node(parent, step, encode_step(step), nodes[parent].depth + 1, terminal=terminal))
-    nodes[parent].children.append(len(nodes) - 1)
+    nodes.append(Node(parent, step, above.ids + encode_step(step), above.text + JOIN + step,
+                      above.depth + 1, terminal=terminal))
+    above.children.append(len(nodes) - 1)
     return len(nodes) - 1
 
 
-def search(prompt_ids, encode_step, grade, rng, args):
-    """One problem's search. Yields (prefix ids, whether to stop at a blank line, how many) and is sent a list of
-    (text, whether it came to its end); returns the nodes.
+def expand(nodes, node, grade, encode_step, branch):
+    """Sample next steps. Each distinct one that came to its end becomes a child. Returns the
+    children that no rollout has gone through."""
+    replies = yield Request(nodes[node].ids, True, branch)
+    for text, ended in replies:
+        step, *more = BLANK_LINE.split(text.strip(), maxsplit=1)
+        whole = ended or BLANK_LINE.search(text.lstrip())  # else the limit cut it
+        if step and whole:
+            k = add_child(nodes, node, step.strip(), ended and not more, encode_step)
+            if nodes[k].terminal and nodes[k].reward is None:
+                nodes[k].reward = float(grade(nodes[k].text))
+    nodes[node].expanded = True
+    return [child for child in nodes[node].children if nodes[child].visits == 0]
 
-    grade    text of a whole solution -> reward, 0 or 1
+
+def simulate(nodes, node, grade, encode_step, max_depth):
+    """One continuation to the end. Its steps become nodes, to `max_depth` or to one that states an
+    answer. What follows is kept as the last node's `rest`, for the reward is for all of it."""
+    [(text, ended)] = yield Request(nodes[node].ids, False, 1)
+    reward = 0.0
+    steps = [step.strip() for step in BLANK_LINE.split(text) if step.strip()]
+    if ended:
+        reward = float(grade(nodes[node].text + JOIN + text))
+    else:
+        steps = steps[:-1]  # the limit cut the last one
+    while steps and nodes[node].depth < max_depth and not nodes[node].terminal:
+        step = steps.pop(0)
+        node = add_child(nodes, node, step, ended and not steps, encode_step)
+    nodes[node].reward = reward
+    nodes[node].rest = JOIN.join(steps)
+    return node
+
+
+def back_up(nodes, node, reward, max_depth):
+    """Add the rollout to every node of its path, and close those that have nothing new."""
+    for k in reversed(path_to(nodes, node)):
+        at = nodes[k]
+        at.visits += 1
+        at.value += reward
+        at.closed = at.terminal or at.depth == max_depth
+        if at.expanded and at.children:
+            at.closed = all(nodes[child].closed for child in at.children)
+
+
+def search(prompt_ids, encode_step, grade, rng, args):
+    """One problem's search: yields Requests, is sent lists of Replies, returns the nodes.
+
+    encode_step(step) gives its ids with the closing blank line, grade(solution) a reward, 0 to 1.
     """
-    nodes = [Node(-1, "", prompt_ids, 0)]
-    for _ in range(args.rollouts):
-        if nodes[0].closed:
-            break
+    nodes = [Node(-1, "", prompt_ids, "", 0)]
+    while nodes[0].visits < args.rollouts and not nodes[0].closed:
         node = select(nodes, args.c_uct, rng)
-        prefix = lambda: [token for k in path_to(nodes, node) for token in nodes[k].ids]
-        written = lambda: JOIN.join(nodes[k].step for k in path_to(nodes, node)[1:])
-        # a node met before, and the root, gets its children; the rollout goes on from one of them
-        if (nodes[node].visits or node == 0) and nodes[node].depth < args.max_depth:
-            for text, ended in (yield prefix(), True, args.branch):
-                step = BLANK_LINE.split(text.strip(), 1)[0].strip()
-                if step and (ended or BLANK_LINE.search(text.lstrip())):  # else it ran into the limit: no step
-                    child = nodes[add_child(nodes, node, step, ended or bool(ANSWER_MARKER.search(step)), encode_step)]
-                    if child.terminal and child.reward is None:
-                        child.reward = grade(written() + JOIN + step)
-            nodes[node].expanded = True
-            unvisited = [k for k in nodes[node].children if nodes[k].visits == 0]
-            node = int(rng.choice(unvisited)) if unvisited else node
-        reward = nodes[node].reward
-        if not nodes[node].terminal and (nodes[node].children or not nodes[node].expanded):
-            [(text, ended)] = yield prefix(), False, 1
-            reward = grade(written() + JOIN + text) if ended else 0.0
-            steps = [step.strip() for step in BLANK_LINE.split(text.strip()) if step.strip()]
-            whole = steps if ended else steps[:-1]  # the limit cut the last one
-            for k, step in enumerate(whole):
-                if nodes[node].depth == args.max_depth:
-                    nodes[node].rest = JOIN.join(whole[k:])
-                    break
-                node = add_child(nodes, node, step, k + 1 == len(steps) or bool(ANSWER_MARKER.search(step)), encode_step)
-                if nodes[node].terminal:
-                    break
-            nodes[node].reward = reward
-        for k in reversed(path_to(nodes, node)):
-            at = nodes[k]
-            at.visits, at.value = at.visits + 1, at.value + (reward or 0.0)
-            at.closed = at.terminal or at.depth == args.max_depth or at.expanded and all(nodes[j].closed for j in at.children)
+        met_before = nodes[node].visits > 0 or node == 0
+        if met_before and not nodes[node].expanded:
+            new = yield from expand(nodes, node, grade, encode_step, args.branch)
+            if new:
+                node = int(rng.choice(new))
+        if not nodes[node].terminal:
+            node = yield from simulate(nodes, node, grade, encode_step, args.max_depth)
+        back_up(nodes, node, nodes[node].reward, args.max_depth)
     return nodes
 
 
-def to_row(problem, nodes, settings):
-    """A finished search as one object of the output file."""
-    rows = [{"parent": at.parent, "step": at.step, "visits": at.visits, "value": at.value, "terminal": at.terminal, "reward": at.reward}
-            | ({"rest": at.rest} if at.rest else {}) for at in nodes]
-    return {"id": problem["id"], "question": problem["question"], "answer": problem["answer"], "nodes": rows, "settings": settings}
+# ---- Many searches side by side ------------------------------------------------------------------
+@dataclass
+class Active:
+    """A search under way."""
+    problem: dict
+    searching: Iterator
+    request: Request         # what it waits for
+    seeds: Iterator          # of its completions
+    rollouts: int = 0
 
 
-def append(path, row):
-    """Append one line under a lock: ranks share the file. What a rank that was killed within its line left behind is cut off."""
-    with open(path, "ab+") as out:
-        fcntl.flock(out, fcntl.LOCK_EX)
-        out.seek(-min(1, out.seek(0, os.SEEK_END)), os.SEEK_END)
-        if out.read(1) not in (b"", b"\n"):
-            drop_torn_line(path)
-        out.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
-        out.flush()
+def begin(problem, encode, args):
+    """Start the search of a problem, up to its first request."""
+    def encode_step(step):
+        return encode(problem["question"], [step])[1]
+
+    grade = partial(evaluate.is_solved, problem=problem)
+    key = (args.seed, crc32(problem["id"].encode()))
+    searching = search(encode(problem["question"])[0], encode_step, grade, tree.rng(*key), args)
+    seeds = ((*key, number) for number in count(1))  # (*key, 0) would be the selection's own
+    return Active(problem, searching, next(searching), seeds)
 
 
-def finished(path, settings):
-    """The ids of the searches that are in the file already."""
-    def parse(row, number):
-        if row.get("settings") != settings:
-            raise InputError(f"this search has the settings {shorten(row.get('settings'), 200)}, not {shorten(settings, 200)}. "
-                             "Choose another --out or remove the file.")
-        return take(row, "id", str, "the problem's id")
-    return set(read_jsonl(path, parse)) if os.path.getsize(path) else set()
-
-
-def run(model, tokenizer, problems, args, settings, bar):
+def run(model, tokenizer, problems, encode, args, settings, progress):
     """Search all problems, `parallel` of them side by side, and append each one as it finishes."""
-    eos = evaluate.eos_ids(model, tokenizer)
-    encode_step = lambda step: evaluate.encode(tokenizer, "", [step])[1]
-    waiting, active, begun, tokens, rollouts, successes = list(problems)[::-1], [], time.time(), 0, 0, 0
+    ends = evaluate.eos_ids(model, tokenizer)
+    waiting = deque(problems)
+    active = []
+    rates = []  # the success of each finished search
     while waiting or active:
         while waiting and len(active) < args.parallel:
-            problem = waiting.pop()
-            seed = (args.seed, zlib.crc32(problem["id"].encode()))
-            grade = lambda text, answer=problem["answer"]: float(evaluate.is_correct(text, answer, strict=True))
-            searching = search(evaluate.encode(tokenizer, problem["question"])[0], encode_step, grade, np.random.default_rng(seed), args)
-            # the last: the number of its next completion; from 1, since numpy takes the seed (s, p, 0) for (s, p)
-            active.append([problem, searching, next(searching), seed, 1])
-        # one tick: every active search's wish in one call
-        prompts, stops, seeds = [], [], []
-        for problem, _, (prefix, stop, count), seed, had in active:
-            prompts += [prefix] * count
-            stops += [stop] * count
-            seeds += [(*seed, had + j) for j in range(count)]
-        completions = evaluate.generate(model, tokenizer, prompts, args.max_new_tokens, args.temperature, seeds, stops, args.batch_size)
-        if tokens == 0 and not bar.disable:
-            seconds, ticks = time.time() - begun, 2 * args.rollouts * math.ceil(len(problems) / args.parallel)
-            bar.write(f"first tick: {len(prompts)} completions, {sum(map(len, completions))} tokens, {seconds:.1f} s. {len(problems)} problems "
-                      f"take up to {ticks} ticks: about {seconds * ticks / 60:.0f} minutes, less where searches exhaust their trees.")
-        tokens += sum(map(len, completions))
-        sent, still = iter(completions), []
-        for entry in active:
-            problem, searching, (_, _, count), seed, had = entry
+            active.append(begin(waiting.popleft(), encode, args))
+        prompts = []
+        stops = []
+        seeds = []
+        for one in active:
+            prompts += [one.request.prefix_ids] * one.request.count
+            stops += [one.request.stop_at_blank] * one.request.count
+            seeds += islice(one.seeds, one.request.count)
+        completions = evaluate.generate(model, tokenizer, prompts, args.max_new_tokens,
+                                        args.temperature, seeds, stops, args.batch_size)
+        replies = (Reply(evaluate.decode(tokenizer, ids), ids[-1] in ends) for ids in completions)
+        for one in list(active):
+            if not one.request.stop_at_blank:
+                one.rollouts += 1
+                progress.update(1)
             try:
-                wish = searching.send([(evaluate.decode(tokenizer, ids), ids[-1] in eos) for ids in (next(sent) for _ in range(count))])
-                still.append([problem, searching, wish, seed, had + count])
+                one.request = one.searching.send(list(islice(replies, one.request.count)))
             except StopIteration as end:
-                append(args.out, to_row(problem, end.value, settings))
-                rollouts, successes = rollouts + end.value[0].visits, successes + end.value[0].value
-                bar.update(1)
-        active = still
-        bar.set_postfix_str(f"{tokens / (time.time() - begun):.0f} tok/s, success {100 * successes / max(rollouts, 1):.0f} %")
+                nodes = end.value
+                active.remove(one)
+                tree.append_jsonl(args.out, to_row(one.problem, nodes, settings))
+                rates.append(nodes[0].value / nodes[0].visits)
+                progress.set_postfix_str(f"success {sum(rates) / len(rates):.0%}", refresh=False)
+                progress.update(args.rollouts - one.rollouts)
+
+
+def to_row(problem, nodes, settings):
+    """A finished search as one object of the output file, with all fields of its problem."""
+    columns = ("parent", "step", "visits", "value", "terminal", "reward")
+    rows = []
+    for at in nodes:
+        row = {name: getattr(at, name) for name in columns}
+        if at.rest:
+            row["rest"] = at.rest
+        rows.append(row)
+    return {**problem, "nodes": rows, "settings": settings}
+
+
+def parse_search(row, number):
+    """A line of the output file: whose search it is, and whether it has a prefix to train on."""
+    search = {name: tree.get_field(row, name, str, "text") for name in ("id", "question", "answer")}
+    search["settings"] = tree.get_field(row, "settings", dict, "those of a search")
+    search["has_prefix"] = len(tree.build([row])[0].steps) > 1
+    return search
 
 
 def main():
-    parser = arguments("Search a teacher's solutions by MCTS, many problems side by side.")
-    count = at_least(1)
-    parser.add_argument("--model", default="data/arithmetic/teacher", help="the teacher: a folder or a hub name")
-    parser.add_argument("--adapter", help="a PEFT adapter on it")
-    parser.add_argument("--data", default="data/arithmetic/train.jsonl", help="problems, JSONL; the training split, never the test's")
-    parser.add_argument("--out", default="out/search.jsonl", help="searches, JSONL, appended to; what is there is not searched again")
-    parser.add_argument("--rollouts", type=count, default=16, help="simulations a problem")
-    parser.add_argument("--max_depth", type=count, default=5, help="steps that become nodes; a rollout at the last level runs to its end")
-    parser.add_argument("--branch", type=count, default=5, help="next steps sampled when a node is expanded")
-    parser.add_argument("--c_uct", type=at_least(0, float), default=2.0, help="weight of exploration in UCT")
-    parser.add_argument("--temperature", type=at_least(0.01, float), default=1.0, help="of the teacher's sampling")
-    parser.add_argument("--max_new_tokens", type=count, default=512, help="limit of a continuation; one that needs more has reward 0")
-    parser.add_argument("--parallel", type=count, default=256, help="problems searched side by side, a rank")
-    parser.add_argument("--batch_size", type=count, default=256, help="completions decoded side by side")
-    parser.add_argument("--seed", type=at_least(0), default=0, help="of selection and sampling")
-    parser.add_argument("--limit", type=at_least(0), default=0, help="search the first so many problems, 0 is all")
-    parser.add_argument("--skip_bad", action="store_true", help="name and skip bad lines of --data instead of stopping")
-    parser.add_argument("--trust_remote_code", action="store_true", help="run the model's own code from the hub")
+    parser = tree.arguments("Search a teacher's solutions by MCTS, many problems side by side.")
+    add = parser.add_argument
+    number = tree.at_least(1)
+    add("--model", default="data/arithmetic/teacher", help="the teacher: a folder or a hub name")
+    add("--adapter", help="a PEFT adapter on it")
+    add("--data", default="data/arithmetic/train.jsonl", help="problems to train on, not a test's")
+    add("--out", default="out/search.jsonl", help="searches, appended to; those there are kept")
+    add("--rollouts", type=number, default=16, help="simulations a problem")
+    add("--max_depth", type=number, default=5, help="steps that become nodes; rollouts go on below")
+    add("--branch", type=number, default=5, help="next steps sampled when a node is expanded")
+    add("--c_uct", type=tree.at_least(0, float), default=2.0, help="weight of exploration in UCT")
+    add("--temperature", type=tree.at_least(0.01, float), default=1.0, help="of the sampling")
+    add("--max_new_tokens", type=number, default=512, help="of a continuation; beyond, reward is 0")
+    add("--parallel", type=number, default=256, help="problems searched side by side, a rank")
+    add("--batch_size", type=number, default=256, help="completions decoded side by side")
+    add("--seed", type=tree.at_least(0), default=0, help="of selection and sampling")
+    add("--limit", type=tree.at_least(0), default=0, help="only the first so many; 0 is all")
+    evaluate.add_prompt_flags(add)
     args = parser.parse_args()
-    problems = read_problems(args.data, args.limit, args.skip_bad)
-    settings = {key: getattr(args, key) for key in ("model", "adapter", "data", "rollouts", "max_depth", "branch", "c_uct", "temperature", "max_new_tokens", "seed")}
+
+    problems = tree.read_problems(args.data, args.limit)
+    tree.make_folder(args.out)
     rank, world, device = evaluate.distributed()
     if rank == 0:
-        drop_torn_line(args.out)
-    if world > 1:
-        dist.barrier()
-    done = finished(args.out, settings)
-    if world > 1:
-        dist.barrier()  # nobody appends before everybody has read
-    model, tokenizer = evaluate.load(args.model, args.adapter, device, trust_remote_code=args.trust_remote_code)
-    problems = evaluate.fitting(model, tokenizer, problems, args.skip_bad)
-    todo = [problem for problem in problems if problem["id"] not in done][rank::world]
-    with tqdm(total=len(todo), unit="problem", disable=rank > 0) as bar:
-        run(model, tokenizer, todo, args, settings, bar)
-    if world > 1:
-        dist.barrier()
-        dist.destroy_process_group()
+        held = tree.lock(args.out)  # to the end: two runs at once would search everything twice
+    model, tokenizer = evaluate.load(args.model, args.adapter, device)
+    encode = evaluate.encoder(tokenizer, args)
+    prompts = [encode(problem["question"])[0] for problem in problems]
+    longest = (args.max_depth + 1) * args.max_new_tokens  # each step of a prefix was sampled, too
+    evaluate.check_prompts(model, problems, prompts, longest)
+    settings = {**vars(args), "weights": evaluate.weights_checksum(model),
+                "prompt_date": evaluate.FIXED_DATE}
+    for name in ("model", "adapter", "data", "out", "limit", "parallel", "batch_size"):
+        del settings[name]  # which no search depends on
+    todo = evaluate.unfinished(args.out, parse_search, settings, problems, rank, world)
+    total = len(todo) * args.rollouts
+    with tqdm(total=total, unit="rollout", dynamic_ncols=True, disable=rank > 0) as progress:
+        run(model, tokenizer, todo, encode, args, settings, progress)
+    evaluate.gather(None)  # every rank has written its last search
     if rank == 0:
-        print(f"{len(finished(args.out, settings))} searches in {args.out}; next: python tree.py {args.out} --out out/trees.jsonl")
+        found = [search["has_prefix"] for search in tree.read_jsonl(args.out, parse_search)]
+        print(f"{len(found)} searches in {args.out}, {found.count(False)} of them without any "
+              f"prefix; next: python tree.py {args.out} --out out/trees.jsonl")
+    if world > 1:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    run_command(main)
+    tree.run_command(main)

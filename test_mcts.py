@@ -1,6 +1,8 @@
-"""The search with a fake policy, by counting; then with a tiny random model: side by side, restarted, on two ranks."""
+"""The search with a fake policy, counted by hand. Then the command with a tiny random model: side
+by side, restarted, killed, on two ranks. Each test tells of the bug it guards against."""
 import itertools
 import json
+import multiprocessing
 import os
 import random
 import re
@@ -9,312 +11,736 @@ import signal
 import subprocess
 import sys
 import time
-import zlib
+from collections import Counter
+from operator import attrgetter
 from types import SimpleNamespace
 from unittest.mock import patch
+from zlib import crc32
 
 import numpy as np
 import pytest
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import evaluate
 import mcts
 import tree
 from mcts import Node
-from tree import ANSWER_MARKER, InputError, read_trees
+from test_evaluate import tiny_folder
+from tree import InputError
 
-RIGHT, WRONG = "The answer is 3.", "The answer is 4."
-right = lambda text, answer, strict=False: zlib.crc32((text + answer).encode()) % 3 == 0  # a grader that finds a third right
-text_path = lambda nodes, k: text_path(nodes, nodes[k].parent) + (nodes[k].step,) if k else ()
-flags = lambda folder, name, *more: [*f"--model {folder}/model --data {folder}/data.jsonl --out {folder}/{name} --rollouts 8 --max_depth 3".split(),
-                                     *"--branch 3 --max_new_tokens 20".split(), *more]
-
-
-def drive(policy, seed=0, **how):
-    """Search with policy(steps so far, one step only?) -> (text, ended). A step's "ids" are its text.
-    Returns the nodes and what was asked: (steps so far, one step only?, replies)."""
-    args = SimpleNamespace(**{"rollouts": 16, "max_depth": 5, "branch": 5, "c_uct": 2.0, **how})
-    searching = mcts.search(["Q"], lambda step: [step], lambda text: float(text.endswith(RIGHT)), np.random.default_rng(seed), args)
-    asked, replies = [], None
-    try:
-        while True:
-            (question, *steps), one, count = searching.send(replies)
-            assert question == "Q" and count == (args.branch if one else 1)
-            replies = [policy(tuple(steps), one) for _ in range(count)]
-            asked.append((tuple(steps), one, replies))
-    except StopIteration as end:
-        return end.value, asked
+RIGHT = "The answer is 3."
+WRONG = "The answer is 4."
+PROBLEM = {"id": "p", "question": "q", "answer": "3"}
+ANSWERS = [(RIGHT,), (WRONG,)]
 
 
-def scripted(steps, whole):
-    """A policy by dictionary: the next steps and the continuations of each prefix, given in turn, again and again."""
-    turns = {(prefix, one): itertools.cycle(choices) for table, one in ((steps, True), (whole, False)) for prefix, choices in table.items()}
-    return lambda prefix, one: next(turns[prefix, one])
+# ---- The search with a fake policy ---------------------------------------------------------------
+def steps_to(nodes, k):
+    return tuple(nodes[number].step for number in mcts.path_to(nodes, k)[1:])
+
+
+def columns(nodes, *names):
+    return [attrgetter(*names)(at) for at in nodes]
+
+
+def step(text):
+    """A reply: a step that is whole."""
+    return text + "\n\n", False
+
+
+def end(*steps):
+    """A reply: steps to the end of the solution."""
+    return "\n\n".join(steps), True
+
+
+def cut(*steps):
+    """A reply: steps up to the limit of tokens."""
+    return "\n\n".join(steps), False
+
+
+def ends_right(text):
+    return float(text.endswith(RIGHT))
+
+
+def drive(policy, grade=ends_right, seed=0, **settings):
+    """Search with policy(steps so far, whether one step is wanted) -> (text, ended).
+
+    A step's "ids" are its text. Returns the nodes, and what was asked for: the steps so far,
+    whether one step was wanted, and the replies.
+    """
+    args = SimpleNamespace(rollouts=16, max_depth=5, branch=5, c_uct=2.0)
+    vars(args).update(settings)
+    searching = mcts.search(["Q"], lambda step: [step], grade, np.random.default_rng(seed), args)
+    asked = []
+    replies = None
+    while True:
+        try:
+            request = searching.send(replies)
+        except StopIteration as stop:
+            return stop.value, asked
+        assert request.prefix_ids[0] == "Q"
+        assert request.count == (args.branch if request.stop_at_blank else 1)
+        steps = tuple(request.prefix_ids[1:])
+        replies = [mcts.Reply(*policy(steps, request.stop_at_blank)) for _ in range(request.count)]
+        asked.append((steps, request.stop_at_blank, replies))
+
+
+def scripted(next_steps, continuations):
+    """A policy by dictionary: what follows each prefix, given in turn, again and again."""
+    turns = {}
+    for one_step, table in ((True, next_steps), (False, continuations)):
+        for prefix, replies in table.items():
+            turns[prefix, one_step] = itertools.cycle(replies)
+    return lambda prefix, one_step: next(turns[prefix, one_step])
 
 
 def chatter(rng):
-    """A policy that ends, goes on, or is cut by the limit anywhere, with so few different steps that they meet all the time."""
-    def policy(prefix, one):
+    """A policy that ends, goes on, or is cut by the limit anywhere, in few different steps."""
+    def policy(prefix, one_step):
         steps = []
-        while not (one and steps):
+        while not steps or not one_step:
             luck = rng.random()
+            if luck < 0.05:
+                return cut(*steps)
             if luck < 0.1:
-                return "\n\n".join(steps + ["a fragm"][:rng.integers(2)]), False
+                return cut(*steps, "a fragm")
             if luck < 0.3:
-                return "\n\n".join(steps + [str(rng.choice([RIGHT, WRONG, "a", ""]))]), True
-            steps.append(str(rng.choice(["a", "b"])) if luck < 0.95 else WRONG)
-        return steps[0] + "\n\n", False
+                last = rng.choice([RIGHT, WRONG, "a", ""])
+                return end(*steps, str(last))
+            steps.append(str(rng.choice(["a", "b"])))
+            if luck > 0.95:
+                steps[-1] = WRONG
+        return step(steps[0])
     return policy
+
+
+def count_by_hand(asked, depth):
+    """What the continuations alone account for: {steps: visits} and {steps: value}."""
+    visits = Counter()
+    value = Counter()
+    for path, one_step, replies in asked:
+        if one_step:
+            continue
+        [(text, ended)] = replies
+        steps = [step for step in text.split("\n\n") if step]
+        if not ended:
+            steps = steps[:-1]
+        for step in steps:
+            if len(path) == depth or path[-1:] in ANSWERS:
+                break
+            path += (step,)
+        for k in range(len(path) + 1):
+            visits[path[:k]] += 1
+            value[path[:k]] += ended and text.endswith(RIGHT)
+    return visits, value
 
 
 @pytest.mark.parametrize("seed", range(100))
 def test_visits_are_rollouts_and_value_is_their_reward(seed):
-    """Counted again from what was asked and answered: a visit lost or doubled, a reward given to another solution, a node below an end."""
+    """Counted again from what was asked and replied: a visit lost or doubled, a reward given to
+    another solution, a node expanded twice."""
     rng = np.random.default_rng(seed)
-    depth, rollouts = int(rng.integers(1, 6)), int(rng.integers(1, 60))
-    nodes, asked = drive(chatter(rng), seed, rollouts=rollouts, max_depth=depth, branch=int(rng.integers(1, 6)))
-    below = [[child for child in nodes if child.parent == k] for k in range(len(nodes))]
-    counted = {}  # by text: what the continuations alone account for
-    for prefix, one, replies in asked:
-        if not one:
-            [(text, end)], path = replies, prefix
-            steps = [step for step in text.split("\n\n") if step]
-            for step in steps if end else steps[:-1]:
-                if len(path) == depth or path and ANSWER_MARKER.search(path[-1]):
-                    break
-                path += (step,)
-            for k in range(len(path) + 1):
-                counted[path[:k]] = np.add(counted.get(path[:k], (0, 0)), (1, end and (text or prefix[-1]).endswith(RIGHT)))
-    found = {}
+    depth = int(rng.integers(1, 6))
+    rollouts = int(rng.integers(1, 60))
+    branch = int(rng.integers(1, 6))
+    policy = chatter(rng)
+    nodes, asked = drive(policy, seed=seed, rollouts=rollouts, max_depth=depth, branch=branch)
+    visits = Counter()
+    value = Counter()
     for k, at in enumerate(nodes):
-        found[text_path(nodes, k)] = np.add(found.get(text_path(nodes, k), (0, 0)), (at.visits, at.value))
-        assert at.depth == len(text_path(nodes, k)) <= depth and at.parent < k and at.visits >= sum(child.visits for child in below[k])
-        assert len({(child.step, child.terminal) for child in below[k]}) == len(below[k])  # equal steps are merged
+        steps = steps_to(nodes, k)
+        visits[steps] += at.visits
+        value[steps] += at.value
+    # Beside the continuations there are only rollouts to a node that ended the solution with a
+    # sampled step, once each.
+    counted_visits, counted_value = count_by_hand(asked, depth)
+    for steps in counted_visits | visits:
+        more_visits = visits[steps] - counted_visits[steps]
+        more_value = value[steps] - counted_value[steps]
+        assert 0 <= more_value <= more_visits
+        if steps[-1:] in ANSWERS:
+            assert more_visits <= 1
+            assert more_value == more_visits * (steps[-1] == RIGHT)
+    assert nodes[0].visits == rollouts or nodes[0].closed
+    expanded = [steps for steps, one_step, _ in asked if one_step]
+    assert len(set(expanded)) == len(expanded)
+    assert all(len(steps) < depth for steps in expanded)
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_the_nodes_are_a_tree_of_solutions(seed):
+    """A node below an end; equal steps apart; a reward without its answer."""
+    nodes, _ = drive(chatter(np.random.default_rng(seed)), seed=seed, rollouts=40, max_depth=4)
+    for k, at in enumerate(nodes):
+        steps = steps_to(nodes, k)
+        children = [nodes[child] for child in at.children]
+        assert at.depth == len(steps) <= 4
+        assert all(child.parent == k for child in children)
+        assert len(set(columns(children, "step", "terminal"))) == len(children)
         if at.terminal:
-            assert not below[k] and at.reward is not None
-        elif at.depth < depth:
-            assert at.value == sum(child.value for child in below[k])  # what is cut has no reward
-    assert nodes[0].visits <= rollouts and set(counted) <= set(found)
-    for text, figures in found.items():  # the other rollouts: of a solution that ended with its first sampled step, once each, and of dead ends
-        n, value = figures - counted.get(text, (0, 0))
-        assert 0 <= value <= n
-        if text and text[-1] in (RIGHT, WRONG):
-            assert n <= 1 and value == n * (text[-1] == RIGHT)
-    whole = [prefix for prefix, one, _ in asked if one]
-    assert len(set(whole)) == len(whole) and all(len(prefix) < depth for prefix in whole)  # nothing is expanded twice
-    closed = lambda k: nodes[k].terminal or nodes[k].depth == depth or text_path(nodes, k) in whole and all(closed(j) for j, at in enumerate(nodes) if at.parent == k)
-    assert nodes[0].visits == rollouts or closed(0)
+            assert not children
+            assert at.reward is not None
+        elif at.depth < 4:  # what is cut has no reward
+            assert at.value == sum(child.value for child in children)
+        if at.reward == 1:
+            assert end(*steps, at.rest)[0].strip().endswith(RIGHT)
+
+
+def node(parent, step="", depth=1, **fields):
+    return Node(parent, step, [], "", depth, **fields)
 
 
 def test_uct_by_hand():
-    """ln 10 = 2.3026. c 2: 5/6 + 2 sqrt(ln 10 / 6) = 2.072 < 1/3 + 2 sqrt(ln 10 / 3) = 2.086. c 1: 1.453 > 1.209. The closed one would win both."""
-    nodes = [Node(-1, "", [], 0, visits=10, value=6, expanded=True, children=[1, 2, 3]), Node(0, "a", [], 1, visits=6, value=5.0),
-             Node(0, "b", [], 1, visits=3, value=1.0), Node(0, "c", [], 1, visits=1, value=1.0, closed=True)]
-    assert mcts.select(nodes, 2.0, np.random.default_rng(0)) == 2 and mcts.select(nodes, 1.0, np.random.default_rng(0)) == 1
-    nodes += [Node(2, "d", [], 2, visits=2, value=1.5), Node(2, "e", [], 2, visits=1)]
-    nodes[2].expanded, nodes[2].children = True, [4, 5]  # below b: 3/4 + 2 sqrt(ln 3 / 2) = 2.232 > 2 sqrt(ln 3) = 2.096
-    assert mcts.select(nodes, 2.0, np.random.default_rng(0)) == 4  # with the root's ln 10 it would be the other
+    """ln 10 = 2.3026. With c = 2, 5/6 + 2 sqrt(ln 10 / 6) = 2.072 and 1/3 + 2 sqrt(ln 10 / 3) =
+    2.086. With c = 1, 1.453 and 1.209. The closed one would win both."""
+    rng = np.random.default_rng(0)
+    nodes = [node(-1, depth=0, visits=10, value=6.0, expanded=True, children=[1, 2, 3]),
+             node(0, "a", visits=6, value=5.0),
+             node(0, "b", visits=3, value=1.0),
+             node(0, "c", visits=1, value=1.0, closed=True)]
+    assert mcts.select(nodes, 2.0, rng) == 2
+    assert mcts.select(nodes, 1.0, rng) == 1
+    # Below b, 3/4 + 2 sqrt(ln 3 / 2) = 2.232 and 2 sqrt(ln 3) = 2.096. With ln 10, the root's, it
+    # would be the other.
+    nodes.append(node(2, "d", 2, visits=2, value=1.5))
+    nodes.append(node(2, "e", 2, visits=1))
+    nodes[2].expanded = True
+    nodes[2].children = [4, 5]
+    assert mcts.select(nodes, 2.0, rng) == 4
 
 
 def test_unvisited_children_come_first_at_random():
-    """Whatever the value of the visited: UCT of a child without visits is infinite, and ties are no reason to take the first."""
-    nodes = [Node(-1, "", [], 0, visits=5, expanded=True, children=[1, 2, 3, 4]), Node(0, "a", [], 1, visits=5, value=5.0),
-             Node(0, "b", [], 1), Node(0, "c", [], 1), Node(0, "d", [], 1, closed=True)]
-    chosen = [mcts.select(nodes, 0.0, np.random.default_rng(seed)) for seed in range(100)]
-    assert set(chosen) == {2, 3} and 25 < chosen.count(2) < 75
+    """Whatever the value of the visited: UCT of a child without visits is infinite, and ties are no
+    reason to take the first."""
+    nodes = [node(-1, depth=0, visits=5, expanded=True, children=[1, 2, 3]),
+             node(0, "a", visits=5, value=5.0),
+             node(0, "b"),
+             node(0, "c")]
+    rng = np.random.default_rng(0)
+    chosen = Counter(mcts.select(nodes, 0.0, rng) for _ in range(100))
+    assert set(chosen) == {2, 3}
+    assert 25 < chosen[2] < 75
+
+
+def test_a_fork_may_select_by_another_rule():
+    """As someone would write it who wants the rarest child, whatever its value."""
+    nodes = [node(-1, depth=0, visits=10, value=6.0, expanded=True, children=[1, 2]),
+             node(0, "a", visits=7, value=7.0),
+             node(0, "b", visits=3, value=0.0)]
+
+    def rarest(child, parent, c):
+        return -child.visits
+
+    rng = np.random.default_rng(0)
+    assert mcts.select(nodes, 0.0, rng) == 1
+    with patch.object(mcts, "uct", rarest):
+        assert mcts.select(nodes, 0.0, rng) == 2
 
 
 def test_expansion_merges_equal_steps_and_drops_what_is_no_step():
-    """Spaces made two nodes of one step; a step cut by the limit became a node; text after the blank line became part of it."""
-    policy = scripted({(): [("a\n\n", False), (" a \n \nb", False), ("\n\na\n\n", False), ("\n\ncut", False), ("", True), ("c d", True), (RIGHT + "\n\n", False)]},
-                      {("a",): [("b\n\n" + RIGHT, True)]})
-    nodes, asked = drive(policy, rollouts=3, branch=7)
-    assert asked[0][:2] == ((), True) and len(asked) == 2  # an end needs no continuation
-    assert [(at.step, at.terminal, at.reward, at.visits, at.value) for at in nodes if at.depth == 1] == [
-        ("a", False, None, 1, 1.0), ("c d", True, 0.0, 1, 0.0), (RIGHT, True, 1.0, 1, 1.0)]
+    """Spaces made two nodes of one step; a step cut by the limit became a node; text behind the
+    blank line became part of it, or ended the solution."""
+    merged = [step("a"), cut(" a \n \nb"), step("\n\na"), end("a \n\t\r\nb")]
+    dropped = [cut("\n\ncut"), end("")]
+    policy = scripted({(): [*merged, *dropped, end("c d"), step(RIGHT)]},
+                      {("a",): [end("b", RIGHT)]})
+    nodes, asked = drive(policy, rollouts=3, branch=8)
+    assert [one_step for _, one_step, _ in asked] == [True, False]  # an end is not continued
+    children = [nodes[child] for child in nodes[0].children]
+    found = columns(children, "step", "terminal", "reward", "visits")
+    assert found == [("a", False, None, 1), ("c d", True, 0.0, 1), (RIGHT, True, 1.0, 1)]
 
 
 def test_below_the_last_level_the_rollout_runs_to_its_end():
-    """At depth 5 the rollout was once cut, so that long solutions could not succeed; or its further steps became nodes."""
-    policy = scripted({(): [("a\n\n", False)], ("a",): [("b\n\n", False)]}, {("a",): [("b\n\nc\n\n" + RIGHT, True)]})
-    nodes, asked = drive(policy, max_depth=2)
-    assert [(at.step, at.visits, at.value, at.terminal) for at in nodes] == [("", 2, 2.0, False), ("a", 2, 2.0, False), ("b", 2, 2.0, False)]
-    row = json.loads(json.dumps(mcts.to_row({"id": "p", "question": "q", "answer": "3"}, nodes, {})))
-    assert [(at["reward"], at.get("rest")) for at in row["nodes"]] == [(None, None), (None, None), (1.0, "c\n\n" + RIGHT)]
+    """At depth 5 the rollout was once cut, so that long solutions could not succeed; or its further
+    steps became nodes."""
+    policy = scripted({(): [step("a")], ("a",): [step("b")]}, {("a",): [end("b", "c", RIGHT)]})
+    nodes, _ = drive(policy, max_depth=2)
+    assert columns(nodes, "step", "visits", "value") == [("", 2, 2), ("a", 2, 2), ("b", 2, 2)]
+    row = mcts.to_row(PROBLEM, nodes, {})
+    assert [at["reward"] for at in row["nodes"]] == [None, None, 1.0]
+    assert [at.get("rest") for at in row["nodes"]] == [None, None, "c\n\n" + RIGHT]
 
 
 @pytest.mark.parametrize("depth", [3, 9])
 def test_a_small_world_is_searched_once_and_no_more(depth):
-    """Eight solutions, a hundred rollouts: ended ones and exhausted subtrees were drawn again and again and filled the statistics."""
-    steps = {prefix: [("a\n\n", False), ("b\n\n", False)] for prefix in [(), ("a",), ("b",)]}
-    steps |= {(x, y): [(RIGHT, True), (WRONG, True)] for x in "ab" for y in "ab"}
-    whole = {(x, y): [(RIGHT, True)] for x in "ab" for y in "ab"} | {(x,): [("a\n\n" + WRONG, True)] for x in "ab"}
-    nodes, _ = drive(scripted(steps, whole), rollouts=100, max_depth=depth)
+    """Eight solutions, a hundred rollouts: ended ones and exhausted subtrees were drawn again and
+    again, and filled the statistics."""
+    next_steps = {(): [step("a"), step("b")]}
+    continuations = {}
+    for first in "ab":
+        next_steps[first,] = [step("a"), step("b")]
+        continuations[first,] = [end("a", WRONG)]
+        for second in "ab":
+            next_steps[first, second] = [end(RIGHT), end(WRONG)]
+            continuations[first, second] = [end(RIGHT)]
+    policy = scripted(next_steps, continuations)
+    nodes, _ = drive(policy, rollouts=100, max_depth=depth)
     leaves = [at for at in nodes if at.depth == 3]
-    assert nodes[0].visits == 8 == len(leaves) and nodes[0].value == 4 and all(at.visits == 1 and at.closed for at in leaves)
+    assert columns(leaves, "visits", "closed") == [(1, True)] * 8
+    assert nodes[0].visits == 8
+    assert nodes[0].value == 4
 
 
 def test_a_truncated_continuation_fails_and_its_cut_step_is_no_node():
     """A fragment was once a node, and a right answer before the limit a success."""
-    nodes, _ = drive(scripted({(): [("a\n\n", False)]}, {("a",): [("b\n\nc\n\n" + RIGHT, False)]}), rollouts=1)
-    assert [(at.step, at.visits, at.value, at.terminal, at.reward) for at in nodes] == [
-        ("", 1, 0.0, False, None), ("a", 1, 0.0, False, None), ("b", 1, 0.0, False, None), ("c", 1, 0.0, False, 0.0)]
-    dead, asked = drive(lambda prefix, one: ("endless", False), rollouts=16)  # a policy that never closes a step
-    assert len(dead) == 1 and dead[0].value == 0 and 1 <= dead[0].visits <= 16 and len(asked) <= 32
+    policy = scripted({(): [step("a")]}, {("a",): [cut("b", "c", RIGHT)]})
+    nodes, _ = drive(policy, rollouts=1)
+    assert columns(nodes, "step", "visits", "value") == [("", 1, 0), ("a", 1, 0), ("b", 1, 0),
+                                                         ("c", 1, 0)]
+    assert nodes[-1].reward == 0
 
 
-def test_a_step_may_end_one_solution_and_go_on_in_another(tmp_path):
-    """EOS after "b" in one sample, another step in the next: merged, the way on hung below an end, was chosen again though ended, and was lost to the trees."""
-    steps, whole = {(): [("a\n\n", False)], ("a", "b"): [(RIGHT, True)]}, {("a", "b"): [(RIGHT, True)]}
-    first = scripted(steps | {("a",): [("b", True)]}, whole | {("a",): [("b\n\n" + RIGHT, True)]})
-    other = scripted(steps | {("a",): [("b\n\n", False)]}, whole | {("a",): [("b", True), ("b\n\n" + RIGHT, True)]})
-    for policy in (first, other):
+def test_a_search_without_a_usable_step_uses_all_rollouts():
+    """Each expansion ran into the limit: the search closed after 1 of 16 rollouts, with value 0,
+    though the policy solves half of what it may complete."""
+    nodes, asked = drive(lambda prefix, one_step: cut("endless"))
+    assert columns(nodes, "step", "visits") == [("", 16)]
+    assert [one_step for _, one_step, _ in asked] == [True] + [False] * 16
+    nodes, _ = drive(scripted({(): [cut("endless")]}, {(): [cut("endless"), end(RIGHT)]}))
+    assert columns(nodes, "step", "visits", "value") == [("", 2, 1), (RIGHT, 1, 1)]
+
+
+def test_a_step_may_end_one_solution_and_go_on_in_another():
+    """The text ends behind "b" in one sample, another step follows in the next. Merged, the way on
+    hung below an end, was chosen again though it had ended, and was lost to the trees."""
+    next_steps = {(): [step("a")], ("a", "b"): [end(RIGHT)]}
+    continuations = {("a", "b"): [end(RIGHT)]}
+    first_ends = scripted(next_steps | {("a",): [end("b")]},
+                          continuations | {("a",): [end("b", RIGHT)]})
+    first_goes_on = scripted(next_steps | {("a",): [step("b")]},
+                             continuations | {("a",): [end("b"), end("b", RIGHT)]})
+    for policy in (first_ends, first_goes_on):
         nodes, _ = drive(policy, rollouts=6)
         assert not any(nodes[at.parent].terminal for at in nodes[1:])
-        mcts.append(path := f"{tmp_path}/{id(policy)}", mcts.to_row({"id": "p", "question": "q", "answer": "3"}, nodes, {}))
-        assert ["", "a", "b"] == read_trees(path)[0].steps  # "a, b" is a prefix of a solution
-        assert nodes[0].value == sum(at.value for at in nodes if at.step == RIGHT) > 0
+        [found] = tree.build([mcts.to_row(PROBLEM, nodes, {})])
+        assert found.steps == ["", "a", "b"]
+        solved = [at.value for at in nodes if at.step == RIGHT]
+        assert nodes[0].value == sum(solved) > 0
 
 
-def make_model(folder):
-    """A tiny random Llama of eight words, saved: its solutions end, branch and are cut often. Beside it nine problems."""
-    words = Tokenizer(models.WordLevel({word: k for k, word in enumerate(["<eos>", "<unk>", "\n\n", "\n\n\n", *"abQ "])}, unk_token="<unk>"))
-    words.pre_tokenizer, words.decoder = pre_tokenizers.Split(Regex("\n+|."), "isolated"), decoders.Fuse()
-    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", unk_token="<unk>").save_pretrained(f"{folder}/model")
-    torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(vocab_size=8, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, initializer_range=0.3,
-                                 eos_token_id=0, bos_token_id=None)).save_pretrained(f"{folder}/model")
-    rows = ({"id": f"p{k}", "question": "Q" + "ab Q"[k % 4] * (3 * k), "answer": str(k)} for k in range(9))
-    open(f"{folder}/data.jsonl", "w").writelines(json.dumps(row) + "\n" for row in rows)
+ANNOUNCED = [
+    ["3+4=7", "Check: 7-4=3.", "The answer is:", "\\[ \\boxed{7} \\]"],
+    ["3+4=7", "The answer is:", "\\[ \\boxed{7} \\]"],
+    ["4+3=7", "**Final Answer:**", "\\[ \\boxed{7} \\]"],
+]
+HEADING = [
+    ["#### Step 1: add", "3+4=7", "The answer is \\boxed{7}."],
+    ["First, add.", "3+4=7", "The answer is \\boxed{7}."],
+]
+MENTIONED = [
+    ["Add: the answer is the sum.", "3+4=7", "The answer is \\boxed{7}."],
+    ["First, add.", "3+4=7", "The answer is \\boxed{7}."],
+]
 
 
-def run(folder, name, *more, grader=right):
-    """The command in this process; returns the lines of its output."""
-    with patch.object(sys, "argv", ["mcts.py", *flags(folder, name, *more)]), patch.object(evaluate, "is_correct", grader):
+def always_right(solutions, rng):
+    """A policy that goes on as one of the solutions does."""
+    def policy(prefix, one_step):
+        fitting = [steps for steps in solutions if tuple(steps[:len(prefix)]) == prefix]
+        steps = fitting[rng.integers(len(fitting))][len(prefix):]
+        if one_step and len(steps) > 1:
+            return step(steps[0])
+        return end(*steps)
+    return policy
+
+
+def is_seven(text):
+    return evaluate.is_correct(text, "7", strict=True)
+
+
+@pytest.mark.parametrize("solutions", [ANNOUNCED, HEADING, MENTIONED])
+def test_a_teacher_that_is_always_right_scores_100_percent(solutions):
+    """A marker without an answer behind it was taken for the end: the teacher scored 76 to 90 %,
+    and solutions that stop before their answer were learned by heart."""
+    for seed in range(30):
+        policy = always_right(solutions, np.random.default_rng(seed))
+        nodes, _ = drive(policy, is_seven, seed)
+        assert nodes[0].value == nodes[0].visits
+        for k, at in enumerate(nodes):
+            if at.terminal:
+                assert is_seven(end(*steps_to(nodes, k))[0])
+
+
+def test_what_follows_an_answer_is_kept():
+    """The reward was for all that was written, and the solution that was learned by heart stopped
+    at its first answer."""
+    policy = scripted({(): [step("3+4=7")]},
+                      {("3+4=7",): [end("The answer is 8.", "No, the answer is 7.")]})
+    nodes, _ = drive(policy, is_seven, rollouts=1)
+    assert columns(nodes[1:], "step", "rest", "value") == [
+        ("3+4=7", "", 1), ("The answer is 8.", "No, the answer is 7.", 1)]
+    assert nodes[2].terminal
+
+
+# ---- The command with a tiny model ---------------------------------------------------------------
+def third_right(text, problem):
+    """In place of the grader: a third of what the tiny model says is right."""
+    return crc32((text + problem["answer"]).encode()) % 3 == 0
+
+
+def write_problems(path, *more):
+    """Nine problems in the tiny model's words, and whatever else a test wants."""
+    rows = []
+    for k in range(9):
+        question = f"Ann has {k} pens ." + " How many ?" * (k % 4)
+        rows.append({"id": f"p{k}", "question": question, "answer": str(k)})
+    tree.write_jsonl(path, [*rows, *more])
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory):
+    """The folder of a random model whose solutions end, branch and are cut often."""
+    folder = str(tmp_path_factory.mktemp("tiny") / "model")
+    tiny_folder(folder)
+    return folder
+
+
+@pytest.fixture
+def place(tmp_path, tiny_model):
+    """A folder with problems, and with a model that a test may change."""
+    write_problems(f"{tmp_path}/data.jsonl")
+    os.symlink(tiny_model, tmp_path / "model")
+    return str(tmp_path)
+
+
+def flags(place, out, *more):
+    return [*f"--model {place}/model --data {place}/data.jsonl --out {place}/{out}".split(),
+            *"--rollouts 8 --max_depth 3 --branch 3 --max_new_tokens 20".split(), *more]
+
+
+def run(place, out, *more, grader=third_right):
+    """The command in this process. Returns the lines of its output file."""
+    with patch.object(sys, "argv", ["mcts.py", *flags(place, out, *more)]), \
+            patch.object(evaluate, "is_solved", grader):
         mcts.main()
-    return open(f"{folder}/{name}", encoding="utf-8").read().splitlines()
+    return read(f"{place}/{out}").decode().splitlines()
 
 
-def test_side_by_side_is_node_for_node_alone(tmp_path):
-    """Pooling changed a search: a seed by place in the batch, a completion given to its neighbour, an answer graded against the last problem's."""
-    make_model(tmp_path)
-    alone = run(tmp_path, "alone", "--parallel", "1", "--batch_size", "1")
-    roots, nodes = zip(*((row["nodes"][0], len(row["nodes"])) for row in map(json.loads, alone)))
-    assert len(alone) == 9 and sum(nodes) > 100 and 0.1 < sum(root["value"] for root in roots) / sum(root["visits"] for root in roots) < 0.9
-    for how in (["--parallel", "7"], ["--parallel", "4", "--batch_size", "5"]):
-        assert sorted(run(tmp_path, "-".join(how), *how)) == sorted(alone)
-    assert run(tmp_path, "other", "--seed", "1", "--limit", "3") != alone[:3]
+def read(path):
+    with open(path, "rb") as file:
+        return file.read()
 
 
-def test_no_two_draws_share_their_randomness(tmp_path):
-    """numpy pads a seed with zeros: (seed, problem) for the selection and (seed, problem, 0) for a completion were one stream."""
-    make_model(tmp_path)
-    seen, search, generate = [], mcts.search, evaluate.generate
-    note = lambda rng: seen.append(rng.bit_generator.state["state"]["state"])
-    spy_search = lambda *given: (note(given[3]), search(*given))[1]
-    spy_generate = lambda *given: ([note(np.random.default_rng(seed)) for seed in given[5]], generate(*given))[1]
+def test_side_by_side_is_node_for_node_alone(place):
+    """Pooling changed a search: a seed by place in the batch, a completion given to its neighbour,
+    an answer graded against the last problem's."""
+    alone = run(place, "alone", "--parallel", "1", "--batch_size", "1")
+    searches = [json.loads(line)["nodes"] for line in alone]
+    visits = sum(nodes[0]["visits"] for nodes in searches)
+    value = sum(nodes[0]["value"] for nodes in searches)
+    assert len(searches) == 9
+    assert sum(map(len, searches)) > 60
+    assert 0.1 < value / visits < 0.9
+    seven = run(place, "seven", "--parallel", "7")
+    assert sorted(seven) == sorted(alone)
+    four = run(place, "four", "--parallel", "4", "--batch_size", "5")
+    assert sorted(four) == sorted(alone)
+    other = run(place, "other", "--seed", "1", "--limit", "1")
+    assert json.loads(other[0])["nodes"] != searches[0]
+
+
+def test_no_two_draws_share_their_randomness(place):
+    """numpy pads a seed with zeros: (seed, problem) for the selection and (seed, problem, 0) for a
+    completion were one stream."""
+    states = []
+    search = mcts.search
+    generate = evaluate.generate
+
+    def note(rng):
+        states.append(rng.bit_generator.state["state"]["state"])
+
+    def spy_search(prompt_ids, encode_step, grade, rng, args):
+        note(rng)
+        return search(prompt_ids, encode_step, grade, rng, args)
+
+    def spy_generate(*given):
+        for seed in given[5]:
+            note(tree.rng(*seed))
+        return generate(*given)
+
     with patch.object(mcts, "search", spy_search), patch.object(evaluate, "generate", spy_generate):
-        run(tmp_path, "out", "--limit", "3")
-    assert len(seen) > 30 and len(set(seen)) == len(seen)
+        run(place, "out", "--limit", "3")
+    assert len(set(states)) == len(states) > 30
 
 
-def test_a_restart_does_what_is_missing_and_no_more(tmp_path):
-    """Killed within a line: the torn search was kept, lost, or done twice, or the whole ones were done again."""
-    make_model(tmp_path)
-    whole = run(tmp_path, "whole", "--parallel", "4")
-    raw, killed = ("\n".join(whole) + "\n").encode(), f"{tmp_path}/killed"
-    for cut in (10, len(whole[0]), len(raw) // 2, len(raw) - 1, len(raw)):
-        open(killed, "wb").write(raw[:cut])
-        again, kept = run(tmp_path, "killed", "--parallel", "3"), raw[:cut].count(b"\n")
-        assert again[:kept] == whole[:kept] and sorted(again) == sorted(whole)
-    for other in (["--rollouts", "5"], ["--temperature", "0.9"], ["--seed", "1"]):  # one file, one way of searching
-        with pytest.raises(InputError, match="settings"):
-            run(tmp_path, "killed", *other)
-    assert sorted(open(killed).read().splitlines()) == sorted(whole)
-    open(killed, "ab").write(b'{"id": "p')  # another rank is killed within a line while this one goes on
-    mcts.append(killed, {"id": "next"})
-    assert open(killed).read().splitlines() == again + ['{"id": "next"}']
+def test_a_reward_may_read_a_field_of_the_problem(place):
+    """A fork's reward wants more than the answer: fields were dropped on the way to it, and on the
+    way to the output file."""
+    problem = {"id": "mine", "question": "Ann has 1 pen .", "answer": "1", "steps": 2, "bonus": 0.5}
+    tree.write_jsonl(f"{place}/data.jsonl", [problem])
+    [line] = run(place, "out", grader=lambda text, problem: problem["bonus"])
+    search = json.loads(line)
+    assert {at["reward"] for at in search["nodes"]} == {None, 0.0, 0.5}
+    assert problem.items() <= search.items()
 
 
-def start(*more, **how):
-    """The command as a process of its own."""
-    return subprocess.Popen([sys.executable, mcts.__file__, *map(str, more)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-                            env=os.environ | {"OMP_NUM_THREADS": "1"}, **how)
+def test_it_says_what_it_took_and_what_has_no_prefix(place, capsys):
+    """Finished searches were taken from the file without a word; roots alone trained as trees."""
+    run(place, "out", "--limit", "5")
+    run(place, "out")
+    said = capsys.readouterr().out
+    assert "5 of 9 problems are taken from" in said
+    assert re.search("9 searches in .*, [0-3] of them without any prefix", said)
+    searches = [json.loads(line)["nodes"] for line in run(place, "short", "--max_new_tokens", "1")]
+    roots_alone = [nodes[0] for nodes in searches if len(nodes) == 1]
+    barren = 0
+    for nodes in searches:
+        barren += all(at["terminal"] or at["visits"] == 0 for at in nodes[1:])
+    assert roots_alone and all(root["visits"] == 8 for root in roots_alone)
+    assert f" {barren} of them without any prefix" in capsys.readouterr().out
 
 
-def test_stopped_at_any_moment_it_loses_nothing(tmp_path):
-    """Killed, asked to end, or interrupted: a finished search was lost, a torn one kept, one done twice, or a traceback shown. 20 moments with TREE_OPO_SLOW=1."""
-    make_model(tmp_path)
-    whole = run(tmp_path, "whole", grader=evaluate.is_correct)
-    for moment in range(20 if os.environ.get("TREE_OPO_SLOW") else 3):
-        rng, number, path = random.Random(moment), (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)[moment % 3], f"{tmp_path}/{moment}"
-        process, size = start(*flags(tmp_path, moment, "--parallel", "2")), rng.random() * sum(map(len, whole))
-        time.sleep(rng.uniform(0.4, 3) * (moment % 4 == 3))  # a quarter of them while it starts
-        while moment % 4 < 3 and process.poll() is None and not (os.path.exists(path) and os.path.getsize(path) >= size):
-            time.sleep(0.001)
-        process.send_signal(number)
-        said = process.communicate(timeout=60)[1]
-        assert process.returncode in (0, -9 if number == signal.SIGKILL else 128 + number) and "Traceback" not in said, said
-        assert process.returncode < 128 or said.endswith(f"\nmcts.py: stopped by {number.name}; what was finished is kept.\n")
-        kept = open(path, encoding="utf-8").read().split("\n")[:-1] if os.path.exists(path) else []
-        again = run(tmp_path, moment, grader=evaluate.is_correct)
-        assert again[:len(kept)] == kept and sorted(again) == sorted(whole)
+# ---- One file, one kind of search ----------------------------------------------------------------
+def test_a_restart_does_what_is_missing_and_no_more(place):
+    """Killed within a line: the torn search was kept, lost, or done twice, or the whole ones were
+    done again."""
+    whole = run(place, "whole", "--parallel", "4")
+    text = read(f"{place}/whole")
+    for size in (len(whole[0]) + 9, len(text) - 1, len(text)):
+        with open(f"{place}/killed", "wb") as file:
+            file.write(text[:size])
+        check_restart(place, "killed", whole)
 
 
-def test_a_full_disk_is_one_sentence(tmp_path):
+def check_restart(place, out, whole, grader=third_right):
+    """Run again what was stopped. Whole lines stay, what is missing comes. Returns what stayed."""
+    kept = read(f"{place}/{out}").decode().split("\n")[:-1]
+    again = run(place, out, grader=grader)
+    assert again[:len(kept)] == kept
+    assert sorted(again) == sorted(whole)
+    return kept
+
+
+def refusal(place, out, *more):
+    """What the command says that refuses an output file, which it must leave as it is."""
+    before = read(f"{place}/{out}")
+    said = None
+    try:
+        run(place, out, *more)
+    except InputError as error:  # pytest.raises would keep the lock with the traceback
+        said = str(error)
+    assert said is not None and read(f"{place}/{out}") == before
+    return said
+
+
+def test_other_settings_are_another_file(place):
+    """Two kinds of search were mixed in one file. Settings that differ late looked alike in the
+    message, which therefore names what differs."""
+    long = "Say it in words of one syllable, " * 9
+    run(place, "out", "--limit", "2", "--instruction", long)
+    for name, value in (("rollouts", 5), ("temperature", 0.9), ("seed", 1), ("branch", 4)):
+        said = refusal(place, "out", f"--{name}", str(value), "--instruction", long)
+        assert name in said and str(value) in said
+    assert "instruction" in refusal(place, "out", "--instruction", long + "please")
+    assert "instruction" in refusal(place, "out")
+
+
+def test_an_instruction_stands_behind_the_question(place):
+    """A base model could not be told to mark its answer."""
+    prompts = []
+    generate = evaluate.generate
+
+    def spy(model, tokenizer, prefixes, *more):
+        prompts.extend(tokenizer.decode(ids) for ids in prefixes)
+        return generate(model, tokenizer, prefixes, *more)
+
+    with patch.object(evaluate, "generate", spy):
+        run(place, "out", "--limit", "1", "--instruction", "The answer is 7")
+    assert all("The answer is 7" in prompt for prompt in prompts)
+
+
+def test_a_teacher_that_was_trained_further_is_another(place):
+    """The model was known by its folder's name: its searches went on with other weights."""
+    run(place, "out", "--limit", "2")
+    os.rename(f"{place}/model", f"{place}/moved")
+    os.symlink(os.path.realpath(f"{place}/moved"), f"{place}/model")
+    assert len(run(place, "out", "--limit", "3", "--model", f"{place}/moved")) == 3
+    os.remove(f"{place}/model")
+    tiny_folder(f"{place}/model")
+    model = AutoModelForCausalLM.from_pretrained(f"{place}/model")
+    with torch.no_grad():
+        model.get_output_embeddings().weight[5, 5] += 0.5
+    model.save_pretrained(f"{place}/model")
+    assert "weights" in refusal(place, "out")
+
+
+def test_the_same_problems_under_another_name_go_on(place):
+    """`--data ./data.jsonl` was refused after `--data data.jsonl`."""
+    run(place, "out", "--limit", "2")
+    os.rename(f"{place}/data.jsonl", f"{place}/renamed.jsonl")
+    assert len(run(place, "out", "--data", f"{place}/renamed.jsonl")) == 9
+
+
+@pytest.mark.parametrize("field", ["question", "answer"])
+def test_another_problem_under_an_old_id_is_refused(place, field):
+    """A gold that was corrected, or a question: the old search was kept."""
+    run(place, "out", "--limit", "3")
+    rows = [json.loads(line) for line in read(f"{place}/data.jsonl").splitlines()]
+    rows[1][field] = "8"
+    tree.write_jsonl(f"{place}/data.jsonl", rows)
+    said = refusal(place, "out")
+    assert "p1" in said and "\n" not in said
+
+
+@pytest.mark.parametrize("text", ['{"id": "p0", "question": "q", "answer": "1"}\n{"id": "p',
+                                  "a letter\nto a friend", '{"a": 1}\n{"torn'])
+def test_a_file_of_somebody_else_is_left_alone(place, text):
+    """Its last line was cut off before the file was refused."""
+    with open(f"{place}/out", "w") as file:
+        file.write(text)
+    refusal(place, "out")
+
+
+def test_two_runs_do_not_write_one_file(place):
+    """Two starts within the seconds of loading searched everything twice. The lock is held while
+    completions are sampled, and a second run ends before its model is loaded."""
+    generate = evaluate.generate
+    refused = []
+
+    def meanwhile(*given):
+        with pytest.raises(InputError, match="another process"), \
+                patch.object(evaluate, "load", side_effect=AssertionError("a model was loaded")):
+            run(place, "out")
+        refused.append(True)
+        return generate(*given)
+
+    with patch.object(evaluate, "generate", meanwhile):
+        run(place, "out", "--limit", "1")
+    assert refused
+
+
+# ---- What stops it -------------------------------------------------------------------------------
+def child(argv, log):
+    sys.stdout = open(log, "w", buffering=1)
+    sys.stderr = sys.stdout
+    sys.argv = ["mcts.py", *argv]
+    tree.run_command(mcts.main)
+
+
+def start(place, out, *more):
+    """The command in a process of its own, forked: it need not import torch again."""
+    arguments = (flags(place, out, *more), f"{place}/log")
+    process = multiprocessing.get_context("fork").Process(target=child, args=arguments)
+    process.start()
+    return process
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded")
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_stopped_at_any_moment_it_loses_nothing(place, number):
+    """A finished search was lost, a torn one kept, one done twice, or a traceback shown."""
+    whole = run(place, "whole", grader=evaluate.is_solved)
+    size = random.Random(number).uniform(1, len(read(f"{place}/whole")))
+    process = start(place, "out", "--parallel", "2")
+    while process.is_alive():
+        if os.path.exists(f"{place}/out") and os.path.getsize(f"{place}/out") >= size:
+            break
+        time.sleep(0.001)
+    os.kill(process.pid, number)
+    process.join(60)
+    assert process.exitcode in (0, 130, -number)
+    assert b"Traceback" not in read(f"{place}/log")
+    check_restart(place, "out", whole, evaluate.is_solved)
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded")
+def test_a_full_disk_is_one_sentence(place):
     """And what was there before is searched no second time."""
-    make_model(tmp_path)
-    whole = run(tmp_path, "whole", grader=evaluate.is_correct)
-    half = sum(map(len, whole)) // 2
-    process = start(*flags(tmp_path, "full"), preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (half, half)))
-    said = process.communicate(timeout=60)[1]
-    assert process.returncode == 2 and re.search(r"\nmcts\.py: [^\n]+ intact\n$", said) and "Traceback" not in said, said
-    kept = open(f"{tmp_path}/full", encoding="utf-8").read().split("\n")[:-1]
-    again = run(tmp_path, "full", grader=evaluate.is_correct)
-    assert again[:len(kept)] == kept and 0 < len(kept) < 9 and sorted(again) == sorted(whole)
+    whole = run(place, "whole", grader=evaluate.is_solved)
+    half = len(read(f"{place}/whole")) // 2
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (half, before[1]))
+    process = start(place, "full")
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    process.join(60)
+    assert process.exitcode == 2
+    said = read(f"{place}/log").decode()
+    assert re.search(r"\nmcts\.py: [^\n]*too large[^\n]*\n$", said)
+    kept = check_restart(place, "full", whole, evaluate.is_solved)
+    assert 0 < len(kept) < 9
 
 
-BAD_FLAGS = ["--limit -1", "--limit x", "--seed -1", "--temperature nan", "--temperature 0", "--temperature inf", "--c_uct nan", "--c_uct -1", "--rollouts 0",
-             "--max_depth 0", "--branch 0", "--parallel 0", "--batch_size -3", "--max_new_tokens 0", "--max_new_tokens 1.5", "--data FOLDER", "--data FOLDER/none",
-             "--data FOLDER/empty", "--data FOLDER/torn", "--data FOLDER/trace", "--out FOLDER", "--out /dev/full", "--out FOLDER/torn/below", "--lim 3", "--nothing", "--model FOLDER/none"]
+BAD_FLAGS = """
+--limit -1 | --limit x | --seed -1 | --temperature nan | --temperature 0 | --temperature inf
+--c_uct nan | --c_uct -1 | --rollouts 0 | --max_depth 0 | --branch 0 | --parallel 0
+--batch_size -3 | --max_new_tokens 0 | --max_new_tokens 1.5 | --chat_template_kwargs no
+--data FOLDER | --data FOLDER/none | --data FOLDER/empty | --data FOLDER/torn | --data FOLDER/trace
+--out FOLDER | --out FOLDER/ | --out /dev/full | --out FOLDER/torn/below
+--lim 3 | --nothing | --skip_bad | --model FOLDER/none
+"""
 
 
-@pytest.mark.parametrize("more", BAD_FLAGS)
-def test_bad_flags_and_files_are_one_sentence_before_any_model_is_loaded(tmp_path, capsys, more):
+@pytest.mark.parametrize("more", re.split(r" \| |\n", BAD_FLAGS.strip()))
+def test_bad_flags_and_files_are_one_sentence_before_any_model_is_loaded(place, capsys, more):
     """A batch of 0 was a traceback after minutes of loading; a limit of -1 searched one problem."""
-    for name, text in (("empty", ""), ("torn", '{"id": "p'), ("trace", '{"id": "p", "steps": ["a"]}\n'), ("data.jsonl", '{"id": "p", "question": "q", "answer": "1"}\n')):
-        open(f"{tmp_path}/{name}", "w").write(text)
-    loaded = AssertionError("a model was loaded")
-    with patch.object(sys, "argv", ["mcts.py", *flags(tmp_path, "out", *more.replace("FOLDER", str(tmp_path)).split())]), pytest.raises(SystemExit) as end, \
-            patch.object(tree, "leave_on_signals"), patch.object(evaluate.AutoModelForCausalLM, "from_pretrained", side_effect=loaded):
-        mcts.run_command(mcts.main)
+    for name, text in (("empty", ""), ("torn", '{"id": "p'), ("trace", '{"id": "p"}\n')):
+        with open(f"{place}/{name}", "w") as file:
+            file.write(text)
+    more = more.replace("FOLDER", place).split()
+    argv = ["mcts.py", *flags(place, "out", *more)]
+    loading = AssertionError("a model was loaded")
+    with patch.object(AutoModelForCausalLM, "from_pretrained", side_effect=loading):
+        with patch.object(sys, "argv", argv), pytest.raises(SystemExit) as exit:
+            tree.run_command(mcts.main)
     said = capsys.readouterr().err
-    assert end.value.code == 2 and re.fullmatch(r"mcts\.py: [^\n]+\n", said) and str(loaded) not in said, said
+    assert exit.value.code == 2
+    assert re.fullmatch(r"mcts\.py: [^\n]+\n", said)
+    assert str(loading) not in said
 
 
-def test_a_question_beyond_the_context(tmp_path, capsys):
-    """100 kB for a model of 2,048 positions was completed all the same, in garbage, or took all memory; skipped, it is named and the others are searched."""
-    make_model(tmp_path)
-    open(f"{tmp_path}/data.jsonl", "a").write(json.dumps({"id": "long", "question": "Qab " * 25_000, "answer": "1"}) + "\n")
-    with pytest.raises(InputError, match='"long" has 100000 tokens; expected 1 to 2048'):
-        run(tmp_path, "out")
-    assert len(run(tmp_path, "out", "--skip_bad")) == 9 and '"long" has 100000 tokens' in capsys.readouterr().err
+def test_a_question_beyond_the_context(place):
+    """It was completed all the same, in garbage, or took all memory."""
+    write_problems(f"{place}/data.jsonl", {"id": "x", "question": "Ann has " * 400, "answer": "1"})
+    with pytest.raises(InputError, match="tokens.*256"):
+        run(place, "out")
+    assert not os.path.exists(f"{place}/out")
 
 
-def test_two_ranks_search_what_one_would(tmp_path):
-    """With torchrun, after a kill: a problem searched by both ranks or by none, two lines in one, a torn line cut while another rank wrote."""
-    make_model(tmp_path)
-    whole = run(tmp_path, "whole")
-    open(f"{tmp_path}/ranks", "w").write(whole[4] + "\n" + whole[2][:30])
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__, *flags(tmp_path, "ranks")]
-    paths = {"PYTHONPATH": os.path.dirname(os.path.abspath(mcts.__file__)), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=os.environ | paths, capture_output=True, text=True, timeout=120)
+def test_learned_positions_are_counted_before_the_search(place):
+    """A prefix and its completion went beyond the positions of GPT-2: an IndexError, or on a GPU a
+    failure of everything. The longest prefix has max_depth sampled steps."""
+    tokenizer = AutoTokenizer.from_pretrained(f"{place}/model")
+    config = GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=1, n_head=2, n_positions=64,
+                        bos_token_id=3, eos_token_id=3)
+    GPT2LMHeadModel(config).save_pretrained(f"{place}/gpt2")
+    tokenizer.save_pretrained(f"{place}/gpt2")
+    gpt2 = ["--limit", "2", "--model", f"{place}/gpt2"]
+    with pytest.raises(InputError, match="tokens.*64"):
+        run(place, "out", *gpt2)
+    assert len(run(place, "out", *gpt2, "--max_new_tokens", "8")) == 2
+
+
+def test_a_policy_that_has_diverged_ends_in_a_sentence(place):
+    """Log-probs that were not finite were searched on, with garbage."""
+    os.remove(f"{place}/model")
+    tiny_folder(f"{place}/model")
+    model = AutoModelForCausalLM.from_pretrained(f"{place}/model")
+    with torch.no_grad():
+        model.get_output_embeddings().weight.fill_(3e38)
+    model.save_pretrained(f"{place}/model")
+    with pytest.raises(InputError, match="finite"):
+        run(place, "out")
+    assert not os.path.exists(f"{place}/out")
+
+
+def test_two_ranks_search_what_one_would(place):
+    """With torchrun, after a kill: a problem searched by both ranks or by none, two lines in one, a
+    torn line cut off while another rank wrote."""
+    whole = run(place, "whole")
+    with open(f"{place}/ranks", "w") as file:
+        file.write(whole[4] + "\n" + whole[2][:30])
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+               __file__, *flags(place, "ranks")]
+    here = os.path.dirname(os.path.abspath(mcts.__file__))
+    environment = {**os.environ, "PYTHONPATH": here, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert sorted(open(f"{tmp_path}/ranks").read().splitlines()) == sorted(whole) and done.stdout.count("9 searches in") == 1
+    assert sorted(read(f"{place}/ranks").decode().splitlines()) == sorted(whole)
+    assert done.stdout.count("9 searches in") == 1
 
 
 if __name__ == "__main__":  # the command with that grader, for the ranks
-    evaluate.is_correct = right
-    mcts.run_command(mcts.main)
+    evaluate.is_solved = third_right
+    tree.run_command(mcts.main)

@@ -1,14 +1,16 @@
-"""Prefix trees against slow and obvious references, and a table of bad inputs. Each test tells of the bug it guards against."""
-import contextlib
+"""Prefix trees against slow and obvious references, and what a user may do wrong. Each test tells
+of the bug it guards against."""
 import doctest
-import io
 import json
+import multiprocessing
 import os
 import random
 import re
 import resource
 import subprocess
 import sys
+import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,249 +20,639 @@ from hypothesis import strategies as st
 import tree
 from tree import InputError, Tree, read_problems, read_trees, sample_group
 
-FINAL = ("The answer is 4.", "So \\boxed{4}", "#### 4", "Final answer: 4")  # steps that bear the answer
-STEPS = ("3 + 4 = 7", "3 + 4 = 8", "twice that is 14", "לכן שבע", "だから七 ≈ 7") + FINAL
+FINAL = ("The answer is 4.", "So \\boxed{4}", "#### 4", "Final answer: 4")  # these bear the answer
+STEPS = ("3 + 4 = 7", "3 + 4 = 8", "twice that is 14", "לכן שבע", "だから七 ≈ 7", *FINAL)
 PROBLEM = {"id": "p", "question": "How many?", "answer": "4"}
-node = lambda parent, step="", visits=1, value=0.0, **more: {"parent": parent, "step": step, "visits": visits, "value": value, **more}
-search = lambda *nodes, **fields: {**PROBLEM, "nodes": list(nodes), **fields}
-trace = lambda *steps, reward=1, **fields: {**PROBLEM, "steps": list(steps), "reward": reward, **fields}
-EXAMPLE = Tree("p", "Q", "4", ["", "a", "b", "c", "d", "e"], [-1, 0, 0, 2, 3, 3], [8, 2, 6, 5, 2, 3], [4.0, 0.0, 4.0, 4.0, 2.0, 0.0])
+EXAMPLE = Tree(PROBLEM, steps=["", "a", "b", "c", "d", "e"], parent=[-1, 0, 0, 2, 3, 3],
+               visits=[8, 2, 6, 5, 2, 3], value=[4.0, 0.0, 4.0, 4.0, 2.0, 0.0])
 
+def node(parent, step="", visits=1, value=0.0, **more):
+    return {"parent": parent, "step": step, "visits": visits, "value": value, **more}
+
+def search(*nodes, **fields):
+    return {**PROBLEM, "nodes": list(nodes), **fields}
+
+def trace(*steps, reward=1, **fields):
+    return {**PROBLEM, "steps": list(steps), "reward": reward, **fields}
+
+def root_alone(**fields):
+    return Tree({**PROBLEM, **fields}, [""], [-1], [1], [0.0])
 
 def write(folder, *lines, name="rows.jsonl"):
-    """A file of these rows (or raw lines, text or bytes); returns its path."""
-    texts = [json.dumps(line, ensure_ascii=False) if isinstance(line, dict) else line for line in lines]
-    open(path := os.path.join(folder, name), "wb").writelines((text if isinstance(text, bytes) else text.encode()) + b"\n" for text in texts)
+    """A file of these lines: objects, text or bytes. Returns its path."""
+    path = os.path.join(folder, name)
+    with open(path, "wb") as out:
+        for line in lines:
+            if isinstance(line, dict):
+                line = json.dumps(line, ensure_ascii=False)
+            if isinstance(line, str):
+                line = line.encode()
+            out.write(line + b"\n")
     return path
 
+def read(path):
+    with open(path, "rb") as file:
+        return file.read()
 
 def prefixes(t):
     """The tree as the obvious thing: {(step, step, ...): (visits, value)}."""
-    return {tuple(t.steps[k] for k in t.path(n)[1:]): (t.visits[n], t.value[n]) for n in range(len(t.parent))}
+    found = {}
+    for k in range(len(t.parent)):
+        steps = tuple(t.steps[v] for v in t.path(k)[1:])
+        found[steps] = (t.visits[k], t.value[k])
+    return found
 
-
+# ---- Building ------------------------------------------------------------------------------------
 def random_row(rng):
-    name, nodes = rng.choice("ab"), [node(-1, visits=9, value=4.0)]
+    """A search or a trace of one of two problems, of few steps, so that many prefixes are equal."""
+    name = rng.choice("ab")
+    fields = {"id": name, "question": f"{name}?"}
     if rng.random() < 0.4:
-        return trace(*rng.choices(STEPS, k=rng.randint(1, 5)), reward=rng.choice([0, 1, 0.5]), id=name, question=f"{name}?")
+        steps = rng.choices(STEPS, k=rng.randint(1, 5))
+        return trace(*steps, reward=rng.choice([0, 1, 0.5]), **fields)
+    nodes = [node(-1, visits=9, value=4.0)]
     for k in range(1, rng.randint(1, 15)):
         visits = rng.randint(0, 3)
-        nodes.append(node(rng.randrange(k), rng.choice(STEPS), visits, rng.choice([0, visits, visits / 2]), terminal=rng.random() < 0.2))
-    return search(*nodes, id=name, question=f"{name}?")
-
+        value = rng.choice([0, visits, visits / 2])
+        terminal = rng.random() < 0.2
+        nodes.append(node(rng.randrange(k), rng.choice(STEPS), visits, value, terminal=terminal))
+    return search(*nodes, **fields)
 
 def reference(rows):
     """{problem: {prefix: (visits, value)}}, by walking from every node to the root."""
     found = {}
     for row in rows:
-        nodes = row.get("nodes") or [node(k - 1, step, 1, row["reward"], terminal=k == len(row["steps"]))
-                                     for k, step in enumerate(["", *row["steps"]])]
-        walk = lambda at: walk(nodes[at["parent"]]) + [at] if at["parent"] >= 0 else []
-        for at in nodes:
-            if not any(above.get("terminal") or above["visits"] == 0 or above["step"] in FINAL for above in walk(at)):
-                key, tree_of_row = tuple(above["step"] for above in walk(at)), found.setdefault(row["id"], {})
-                tree_of_row[key] = tuple(np.add(tree_of_row.get(key, (0, 0.0)), (at["visits"], at["value"])))
+        nodes = row.get("nodes")
+        if nodes is None:
+            nodes = [node(-1, "", 1, row["reward"])]
+            for k, step in enumerate(row["steps"], 1):
+                nodes.append(node(k - 1, step, 1, row["reward"], terminal=k == len(row["steps"])))
+        prefix = {-1: ()}  # node -> its steps, None where it is left out
+        for k, at in enumerate(nodes):
+            above = prefix[at["parent"]]
+            is_over = at.get("terminal") or at["visits"] == 0 or at["step"] in FINAL
+            if above is None or is_over:
+                prefix[k] = None
+                continue
+            prefix[k] = (*above, at["step"]) if k else ()
+            counts = found.setdefault(row["id"], {})
+            visits, value = counts.get(prefix[k], (0, 0.0))
+            counts[prefix[k]] = (visits + at["visits"], value + at["value"])
     return found
-
 
 @pytest.mark.parametrize("seed", range(60))
 def test_build_is_the_set_of_text_prefixes_with_summed_statistics(tmp_path, seed):
-    """Searches and traces, mixed: a node merged with the wrong parent, counted twice, or kept below one that was left out."""
+    """A node was merged with the wrong parent, counted twice, or kept below one left out."""
     rng = random.Random(seed)
-    trees = read_trees(write(tmp_path, *(rows := [random_row(rng) for _ in range(rng.randint(1, 8))])))
-    assert {t.id: prefixes(t) for t in trees} == reference(rows) and trees == tree.build(rows)
-    for t in trees:  # distinct, parents first
-        assert len(prefixes(t)) == len(t.steps) and t.parent[0] == -1 and all(0 <= t.parent[k] < k for k in range(1, len(t.parent)))
+    rows = [random_row(rng) for _ in range(rng.randint(1, 8))]
+    trees = read_trees(write(tmp_path, *rows))
+    assert {t.problem["id"]: prefixes(t) for t in trees} == reference(rows)
+    assert trees == tree.build(rows)
+    for t in trees:
+        assert len(prefixes(t)) == len(t.steps)  # each prefix once
+        assert t.parent[0] == -1
+        assert all(0 <= t.parent[k] < k for k in range(1, len(t.parent)))  # parents come first
         assert t.depth().tolist() == [len(t.path(k)) - 1 for k in range(len(t.parent))]
-    tree.write_trees(trees, out := os.path.join(tmp_path, "out", "trees.jsonl"))
-    assert read_trees(out) == trees  # trees of trees are those trees
+    out = os.path.join(tmp_path, "out", "trees.jsonl")
+    tree.write_trees(out, trees)
+    assert read_trees([out]) == trees  # trees of trees are those trees
 
+@pytest.mark.parametrize("steps, kept", [
+    (["#### Step 1: add", "3+4=7", "The answer is 7."], 2),
+    (["3+4=7", "The answer is:", "\\[ \\boxed{7} \\]"], 2),
+    (["3+4=7", "**Final Answer:**", "\\[ \\boxed{7} \\]"], 2),
+    (["3+4=7", "The answer is 7.", "Check: 7-4=3."], 1),  # nothing is left to do after the answer
+])
+def test_a_marker_without_an_answer_is_no_answer(steps, kept):
+    """A heading, or an announcement of the answer, cut the prefixes behind it out of the tree."""
+    [t] = tree.build([trace(*steps)])
+    assert t.steps == ["", *steps[:kept]]
 
-def test_files_keep_every_character_and_outlive_a_failed_write(tmp_path):
-    """Unicode's line separators cut a line in two; a run that died while writing took the last run's trees; a torn line stayed, or the end of somebody's notes went."""
-    t = Tree("id\u2028\x85é", "כמה?\nشحال؟ \x1b[31m", "٣", ["", "צעד\u2028אחד\r\n½", "🧮 x"], [-1, 0, 1], [3, 2, 1], [1.5, 1.0, 0.0])
-    tree.write_trees([t], out := os.path.join(tmp_path, "trees.jsonl"))
-    assert read_trees(out) == [t] and "כמה" in open(out, encoding="utf-8").read()
-    with pytest.raises(AttributeError):
-        tree.write_trees([Tree("b", "q", "1"), None], out)
-    assert read_trees(out) == [t]
-    tree.drop_torn_line(out + ".missing")
-    for before, after in ((b'{}\n{"to', b"{}\n"), (b'{"torn', b""), (b"{}\n", b"{}\n"), (b"", b""), (b"my\nnotes", b"my\nnotes")):
-        open(out, "wb").write(before)
-        tree.drop_torn_line(out)
-        assert open(out, "rb").read() == after
+def test_a_search_is_known_by_its_nodes(tmp_path):
+    """The project's own problems have a field "steps", their number: such a search was read as a
+    trace. Fields of a problem reach the tree and its file, for a reward may read them."""
+    row = search(node(-1), node(0, "a"), node(1, "4", reward=1), steps=4, level=None, tests=["x"],
+                 settings={"seed": 0})
+    path = write(tmp_path, row)
+    assert tree.read_solutions(path) == [("How many?", ["a", "4"])]
+    [t] = read_trees(path)
+    assert t.problem == {**PROBLEM, "steps": 4, "level": None, "tests": ["x"]}
+    tree.write_trees(path, [t])
+    assert read_trees(path) == [t]
 
+def test_solutions_to_learn_from(tmp_path):
+    """What a rollout wrote behind its last node was lost, and the solution stopped before its
+    answer. A trace is learnt as it is, right or wrong; of a search only what is right."""
+    found = search(
+        node(-1, visits=3), node(0, "a", reward=1, rest="So.\n\nThe answer is 4."), node(1, "b"),
+        node(2, "It is 4.", reward=1, terminal=True), node(0, "c", reward=0))
+    path = write(tmp_path, found, trace("x", "It is 5.", reward=0))
+    assert [steps for _, steps in tree.read_solutions(path)] == [
+        ["a", "So.\n\nThe answer is 4."], ["a", "b", "It is 4."], ["x", "It is 5."]]
+    with pytest.raises(InputError, match="no solution in .* came to a right answer"):
+        tree.read_solutions(write(tmp_path, search(node(-1), node(0, "c", reward=0))))
 
-def test_160_000_prefixes(tmp_path):
-    """Quadratic look-ups, or whole prefixes stored as text, made the paper's 160,000 prefixes take hours and gigabytes."""
-    rows = [search(node(-1, visits=20), *(node((k - 1) // 2, f"step {k}") for k in range(1, 20)), id=f"train-{i}") for i in range(8000)]
-    *trees, deep = read_trees(write(tmp_path, *rows, search(node(-1), *(node(k, f"{k:0100}") for k in range(2000)), id="deep")))
-    assert (len(trees), sum(len(t.parent) for t in trees)) == (8000, 160_000)
-    assert (len(deep.parent), sum(map(len, deep.steps))) == (2001, 2000 * 100)  # each node holds its own step alone
-    assert deep.depth().max() == 2000 and tree.show(deep, colour=False)  # and depth is no recursion error
+def test_completions_of_any_sampler_become_trees(tmp_path):
+    """Split at blank lines however they are spelt, graded as training grades. A truncated
+    completion is a wrong one, and one without text is a rollout that failed at the question."""
+    texts = ["a\n\nb\n\nThe answer is 4.", "a\r\n \t\r\nc\n\n\n\n#### 5", "a\n\n4",
+             "", "\\boxed{4}"]
+    sampled = {"question": "How many?", "answer": "1+3=4\n#### 4", "level": 2, "completions": texts}
+    scored = {**sampled, "id": "mine", "steps": 3, "correct": [True] * 5, "tokens": [9] * 5,
+              "truncated": [True, False, False, False, False], "settings": {"seed": 0}}
+    first, second = tree.build(tree.from_completions(write(tmp_path, sampled, scored)))
+    assert prefixes(first) == {(): (5, 2.0), ("a",): (3, 1.0), ("a", "b"): (1, 1.0),
+                               ("a", "c"): (1, 0.0)}
+    assert prefixes(second)[()] == (5, 1.0)
+    assert first.problem["id"] == "rows-1" and first.problem["level"] == 2
+    assert second.problem == {**PROBLEM, "id": "mine", "solution": "1+3=4", "level": 2, "steps": 3}
+    for name, wrong in (("completions", "4"), ("completions", [4]), ("truncated", [])):
+        with pytest.raises(InputError, match="line 1: .*; expected "):
+            tree.from_completions(write(tmp_path, {**sampled, name: wrong}))
 
+@pytest.mark.parametrize("field", ["question", "answer"])
+def test_one_id_for_two_problems_is_refused(tmp_path, field):
+    """Trees of another question, or graded by another answer, were merged under the old id."""
+    other = trace("a", "b", **{field: "5"})
+    with pytest.raises(InputError, match=f'id "p" has two {field}s, .* and "5"'):
+        read_trees([write(tmp_path, trace("a", "b")), write(tmp_path, other, name="other")])
 
+def test_160_000_prefixes_and_trees_of_20_000_nodes(tmp_path):
+    """Quadratic look-ups, or whole prefixes stored as text, took hours and gigabytes."""
+    rows = []
+    for i in range(7000):
+        nodes = [node((k - 1) // 2, f"step {k}") for k in range(1, 20)]
+        rows.append(search(node(-1, visits=20), *nodes, id=f"train-{i}"))
+    wide = [node(0, f"step {k}") for k in range(20_000)]
+    deep = [node(k, f"step {k}") for k in range(20_000)]
+    rows += [search(node(-1), *wide, id="wide"), search(node(-1), *deep, id="deep")]
+    trees = read_trees(write(tmp_path, *rows))
+    assert sum(len(t.parent) for t in trees[:-2]) == 140_000
+    assert trees[-1].depth().max() == 20_000
+    start = time.monotonic()
+    for t in trees[-2:]:
+        t.ids = [[k] for k in range(len(t.parent))]
+        for group in ("tree", "trace"):
+            for chosen in sample_group(t, 8, group, tree.rng(0)):
+                assert t.prefix_ids(chosen)[-1] == chosen
+        assert tree.show(t, False, 80).count("\n") == 20_001
+    assert tree.summary(trees) and time.monotonic() - start < 3
+
+# ---- Groups, packing -----------------------------------------------------------------------------
+def test_draws_are_those_of_earlier_runs():
+    """A run that is resumed, or repeated with a newer version, draws the same."""
+    order = [tree.shuffled(place, 5, seed=3) for place in range(10)]
+    assert order == [0, 2, 3, 1, 4, 0, 3, 2, 1, 4]
+    assert sample_group(EXAMPLE, 4, "tree", tree.rng(0, 1)).tolist() == [5, 1, 4, 3]
+    assert sample_group(EXAMPLE, 4, "trace", tree.rng(0, 1)).tolist() == [4, 0, 3, 2]
+
+@pytest.mark.parametrize("root", [True, False])
+@pytest.mark.parametrize("size", [1, 2, 4, 8])
 @pytest.mark.parametrize("group", ["question", "trace", "tree"])
-def test_groups(group):
-    """Repeats where there were prefixes enough, a trace that ran over two branches, a group that changed from run to run."""
-    pools = {"question": [{0}], "trace": [{0, 1}, {0, 2, 3, 4}, {0, 2, 3, 5}], "tree": [set(range(6))]}[group]
-    for seed in range(150):
-        size, root = (1, 2, 4, 8)[seed % 4], seed % 3 > 0
-        draw = lambda t: sample_group(t, size, group, np.random.default_rng(seed), root=root).tolist()
-        nodes = draw(EXAMPLE)
-        assert len(nodes) == size and nodes == draw(EXAMPLE)
-        fit = [pool for pool in pools if pool >= set(nodes)]
-        assert fit and (root or group == "question" or 0 not in nodes)
-        assert len(set(nodes)) == size or any(len(pool) - (not root) < size for pool in fit)  # repeats only where there are too few
-        assert draw(Tree("p", "Q", "4")) == [0] * size  # the bare question has nothing else to offer, whatever is asked
-    with pytest.raises(ValueError, match="forest"):
-        sample_group(EXAMPLE, 8, "forest", np.random.default_rng(0))
+def test_groups(group, size, root):
+    """Repeats where there were prefixes enough, a trace that ran over two branches."""
+    pools = {"question": [{0}], "tree": [{0, 1, 2, 3, 4, 5}],
+             "trace": [{0, 1}, {0, 2, 3, 4}, {0, 2, 3, 5}]}
+    for seed in range(30):
+        nodes = sample_group(EXAMPLE, size, group, tree.rng(seed), root=root).tolist()
+        assert len(nodes) == size
+        assert nodes == sample_group(EXAMPLE, size, group, tree.rng(seed), root=root).tolist()
+        fitting = [pool for pool in pools[group] if pool >= set(nodes)]
+        assert fitting
+        if group != "question" and not root:
+            assert 0 not in nodes
+            fitting = [pool - {0} for pool in fitting]
+        too_few = any(len(pool) < size for pool in fitting)
+        assert len(set(nodes)) == size or too_few
+        # the bare question has nothing else to offer, whatever is asked
+        assert sample_group(root_alone(), size, group, tree.rng(seed), root).tolist() == [0] * size
 
+def test_a_group_of_no_known_kind():
+    with pytest.raises(ValueError, match="forest"):
+        sample_group(EXAMPLE, 8, "forest", tree.rng(0))
 
 def test_groups_are_uniform():
-    """Uniform over prefixes in a tree, over leaves in a trace; a sample's place in the group says nothing of its depth."""
-    rng, n = np.random.default_rng(0), 4000
-    share = lambda group, size: np.bincount(np.concatenate([sample_group(EXAMPLE, size, group, rng) for _ in range(n)]), minlength=6) / n
-    np.testing.assert_allclose(share("tree", 3), np.full(6, 1 / 2), atol=0.03)
-    np.testing.assert_allclose(share("trace", 1), [1 / 6 + 1 / 6, 1 / 6, 1 / 6, 1 / 6, 1 / 12, 1 / 12], atol=0.03)
-    assert abs(np.mean([np.diff(sample_group(EXAMPLE, 6, "tree", rng))[0] > 0 for _ in range(n)]) - 0.5) < 0.05
-
+    """Over prefixes in a tree, over leaves in a trace; the place in a group tells no depth."""
+    rng = tree.rng(0)
+    n = 4000
+    drawn = np.array([sample_group(EXAMPLE, 6, "tree", rng) for _ in range(n)])
+    assert abs(np.mean(drawn[:, 0] < drawn[:, 1]) - 0.5) < 0.05
+    share = np.bincount(drawn[:, :3].ravel(), minlength=6) / n
+    np.testing.assert_allclose(share, np.full(6, 1 / 2), atol=0.03)
+    drawn = np.array([sample_group(EXAMPLE, 1, "trace", rng) for _ in range(n)])
+    share = np.bincount(drawn.ravel(), minlength=6) / n
+    expected = [1 / 6 + 1 / 6, 1 / 6, 1 / 6, 1 / 6, 1 / 12, 1 / 12]
+    np.testing.assert_allclose(share, expected, atol=0.03)
 
 @pytest.mark.parametrize("seed", range(30))
-def test_tokenize_drops_and_never_cuts(tmp_path, seed):
-    """A prefix cut at the limit is another prefix with the old one's statistics; one too long takes along what is below it, no more."""
-    trees = read_trees(write(tmp_path, *map(random_row, [rng := random.Random(seed)] * 6)))
-    pieces = {text: [rng.randrange(99) for _ in range(rng.randint(0, 6))] for t in trees for text in [t.question, *t.steps]}
-    encode = lambda question, steps=(): [pieces[question], *(pieces[step] for step in steps)]
-    for limit in range(0, 25, 3):
-        (left, dropped), wanted, lost = tree.tokenize(trees, encode, limit), {}, 0
-        for t in trees:
-            whole = {key: ([i for text in (t.question, *key) for i in pieces[text]], figures) for key, figures in prefixes(t).items()}
-            short = {key: (ids, figures) for key, (ids, figures) in whole.items() if len(ids) <= limit}
-            wanted, lost = wanted | ({t.id: short} if short else {}), lost + len(whole) - len(short)
-        assert dropped == lost and all(0 <= t.parent[k] < k for t in left for k in range(1, len(t.parent)))
-        assert wanted == {t.id: {key: (t.prefix_ids(k), figures) for k, (key, figures) in enumerate(prefixes(t).items())} for t in left}
+def test_tokenize_drops_and_never_cuts(seed):
+    """A prefix cut at the limit is another prefix with the old one's statistics. One that is too
+    long takes along what is below it, and no more."""
+    rng = random.Random(seed)
+    trees = tree.build([random_row(rng) for _ in range(6)])
+    pieces = {}
+    for text in ("a?", "b?", *STEPS):
+        pieces[text] = [rng.randrange(99) for _ in range(rng.randint(0, 6))]
 
+    def encode(question, steps=()):
+        return [pieces[question], *(pieces[step] for step in steps)]
+
+    for limit in range(0, 25, 3):
+        kept, dropped = tree.tokenize(trees, encode, limit)
+        expected = {}
+        lost = 0
+        for t in trees:
+            short = {}
+            for steps, counts in prefixes(t).items():
+                ids = sum((pieces[text] for text in (t.problem["question"], *steps)), [])
+                if len(ids) <= limit:
+                    short[steps] = (ids, counts)
+                else:
+                    lost += 1
+            if short:
+                expected[t.problem["id"]] = short
+        found = {}
+        for t in kept:
+            assert all(0 <= t.parent[k] < k for k in range(1, len(t.parent)))
+            items = enumerate(prefixes(t).items())
+            found[t.problem["id"]] = {key: (t.prefix_ids(k), counts) for k, (key, counts) in items}
+        assert found == expected and dropped == lost
+
+TOKENS = st.lists(st.integers(0, 2), max_size=5)
 
 @settings(max_examples=300, deadline=None)
-@given(st.lists(st.tuples(*[st.lists(st.integers(0, 2), max_size=5)] * 2), max_size=6), st.booleans())
-def test_pack_against_its_definition(pairs, complete):
-    """A token that sees another sample's completion, a prefix laid down twice, positions that count along the row."""
-    starts, ends = [prefix for prefix, _ in pairs], [completion if complete else [] for _, completion in pairs]
-    ids, position, mask, paths = tree.pack(starts, ends) if complete else tree.pack(starts)
-    distinct = {tuple(prefix[:k + 1]) for prefix in starts for k in range(len(prefix))}
-    assert len(ids) == len(position) == len(distinct) + sum(map(len, ends)) and mask.shape == (len(ids), len(ids))
-    assert {int(k) for path in paths for k in path} == set(range(len(ids))) and len(paths) == len(pairs)
-    for prefix, completion, path in zip(starts, ends, paths):
-        assert ids[path].tolist() == prefix + completion and position[path].tolist() == list(range(len(path)))
-        for place, k in enumerate(path):  # it sees its own sequence up to itself, and nothing else
-            assert set(np.flatnonzero(mask[k]).tolist()) == set(path[:place + 1].tolist())
-        assert not any(set(path[len(prefix):].tolist()) & set(other.tolist()) for other in paths if other is not path)
+@given(st.lists(st.tuples(TOKENS, TOKENS), max_size=6))
+def test_pack_against_its_definition(pairs):
+    """A token saw another sample's completion, a prefix was laid down twice, positions counted
+    along the row."""
+    starts = [prefix for prefix, _ in pairs]
+    ends = [completion for _, completion in pairs]
+    row = tree.pack(starts, ends)
+    distinct = set()
+    for prefix in starts:
+        distinct |= {tuple(prefix[:k + 1]) for k in range(len(prefix))}
+    n = len(distinct) + sum(map(len, ends))
+    assert len(row.ids) == len(row.position) == n and row.mask.shape == (n, n)
+    assert set(np.concatenate([[], *row.paths]).tolist()) == set(range(n))
+    places = []  # of all sequences
+    own = []     # of the completions: nobody else's
+    for prefix, completion, path in zip(starts, ends, row.paths):
+        assert row.ids[path].tolist() == prefix + completion
+        assert row.position[path].tolist() == list(range(len(path)))
+        for k, place in enumerate(path):  # it sees its own sequence up to itself, and nothing else
+            assert set(np.flatnonzero(row.mask[place])) == set(path[:k + 1])
+        places += path.tolist()
+        own += path[len(prefix):].tolist()
+    assert all(places.count(place) == 1 for place in own)
+    assert tree.pack(starts).ids.tolist() == tree.pack(starts, [[] for _ in starts]).ids.tolist()
 
+@pytest.mark.parametrize("row_tokens", [0, 12, 1000])
+def test_micro_batches_hold_every_sample_once(row_tokens):
+    """A sample was lost or came twice; a batch was larger than the limit; groups were mixed."""
+    rng = random.Random(0)
+    for _ in range(50):
+        samples = []
+        for k in range(rng.randint(0, 20)):
+            prefix = rng.choices(range(3), k=rng.randint(1, 8))
+            completion = rng.choices(range(3), k=rng.randint(0, 5))
+            samples.append(SimpleNamespace(
+                group=rng.randint(0, 3), prefix_ids=prefix, completion_ids=completion, k=k))
+        met = []
+        for batch in tree.micro_batches(samples, micro_tokens=40, row_tokens=row_tokens):
+            longest = max(len(row.ids) for row in batch.rows)
+            assert len(batch.rows) == 1 or len(batch.rows) * longest <= 40
+            waiting = iter(batch.samples)
+            for row in batch.rows:
+                members = [next(waiting) for _ in row.paths]
+                for sample, path in zip(members, row.paths):
+                    assert row.ids[path].tolist() == sample.prefix_ids + sample.completion_ids
+                assert len({sample.group for sample in members}) == 1
+                assert len(members) == 1 or len(row.ids) <= row_tokens
+            met += [sample.k for sample in batch.samples]
+        assert sorted(met) == list(range(len(samples)))
 
 def test_the_example_in_the_docstring_is_true():
-    assert (done := doctest.testmod(tree)).failed == 0 < done.attempted
+    done = doctest.testmod(tree)
+    assert done.failed == 0 and done.attempted > 0
 
+# ---- Showing -------------------------------------------------------------------------------------
+@pytest.mark.parametrize("width", [30, 80, 200])
+def test_show_fits_the_terminal(width):
+    """Lines of 116 columns were wrapped; children stood under the wrong parent."""
+    lines = tree.show(EXAMPLE, False, width).splitlines()
+    drawn = [line[:11].rstrip() for line in lines[:-1]]
+    assert drawn == ["How many?", "│  a", "│  b", "│  │  c", "│  │  │  d", "│  │  │  e"]
+    assert re.search(r"c +5 visits +80%$", lines[3])
+    assert all(len(line) <= max(width, 40) for line in lines)
 
-def test_show():
-    """Model text that moved the cursor, rang the bell, hid a line or turned the writing direction; children under the wrong parent."""
-    plain = tree.show(EXAMPLE, False)
-    assert [line[:10].rstrip() for line in plain.splitlines()[:-1]] == ["Q", "├─ a", "└─ b", "   └─ c", "      ├─ d", "      └─ e"]
-    assert re.search(r"c\s+5 visits\s+80 %", plain) and "\033" not in plain
+def test_show_obeys_no_model():
+    """Model text moved the cursor, rang the bell, hid a line or turned the writing direction."""
     evil = "\x1b[2J\x1b]0;title\x07 a\x9b31m\r\x08\u202eb\u2066\n\x7f שלום"
-    drawn = tree.show(Tree(evil, evil, evil, ["", evil], [-1, 0], [1, 0], [1.0, 0.0]), True)
+    problem = {"id": evil, "question": evil, "answer": evil}
+    drawn = tree.show(Tree(problem, ["", evil], [-1, 0], [1, 0], [1.0, 0.0]), True, 100)
     drawn = re.sub("\033\\[(38;5;\\d+|0)m", "", drawn)  # our own colours
-    assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", drawn) and drawn.count("\n") == 2 and "שלום" in drawn
+    assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", drawn)
+    assert drawn.count("\n") == 2 and "שלום" in drawn
 
+def test_summary():
+    """Searches that found no step trained as if they were trees, and nobody said so."""
+    chain = Tree(PROBLEM, list("Qabcdefgh"), [-1, *range(8)], [4] * 9, [1.0] * 9)
+    text = tree.summary([EXAMPLE, chain, root_alone(), root_alone()])
+    assert "4 problems, 17 distinct prefixes, 4.2 a problem" in text
+    assert "25% of the trees have 8 prefixes or more, 75% are chains" in text
+    assert "2 trees have no prefix but the question" in text
+    assert re.search(r"^ +1 +3 +41.7%$", text, re.M)  # depth 1: a, b and a; 5 of 12 rollouts
 
+# ---- Problems ------------------------------------------------------------------------------------
 def test_problems_as_they_are_published(tmp_path):
-    """The data sets' own rows: an answer that kept its solution, an instance of a template taken for a duplicate."""
-    path = write(tmp_path, {"question": " Ann has 3 pens. ", "answer": "3 + 4 = <<3+4=7>>7 #### no\nTwice is 1,414.\n#### 1,414"},
-                 {"id": 7, "instance": 0, "question": "q", "answer": "a\n#### -3"}, {"id": 7, "instance": 1, "question": "q", "answer": "#### 1/2"}, "",
-                 {"unique_id": "test/1", "problem": "Find $x$.", "solution": "So $\\boxed{x}$.", "answer": "\\frac{1}{2}", "level": 5, "subject": "Algebra"},
-                 {"id": "ours", "question": "q" * 100_000, "answer": 38})
-    gsm8k, first, second, math, ours = read_problems(path)
-    assert gsm8k == {"id": "rows-1", "question": "Ann has 3 pens.", "answer": "1,414", "steps": 2}
-    assert (first["id"], first["answer"], second["id"], second["answer"]) == ("7-0", "-3", "7-1", "1/2")
-    assert math == {"id": "test/1", "question": "Find $x$.", "answer": "\\frac{1}{2}", "level": 5, "subject": "Algebra"}
-    assert (ours["id"], ours["answer"], len(ours["question"])) == ("ours", "38", 100_000) and read_problems(path, limit=2) == [gsm8k, first]
+    """An answer kept its solution, an instance of a template was taken for a duplicate, MATH
+    without an answer of its own was refused, fields that a reward would read were lost."""
+    path = write(
+        tmp_path,
+        {"question": " Ann? ", "answer": "3 + 4 = <<3+4=7>>7\nTwice is 1,414.\n#### 1,414"},
+        {"id": 7, "instance": 0, "question": "q", "answer": "a\n#### -3"},
+        {"id": 7, "instance": 1, "question": "q", "answer": "#### 1/2"}, "",
+        {"unique_id": "test/1", "problem": "Find $x$.", "answer": "\\frac{1}{2}", "level": 5},
+        {"problem": "1+1?", "solution": "It is $\\boxed{2}$.", "type": "Algebra"},
+        {"id": "ours", "question": "q" * 100_000, "answer": 38, "steps": 4, "tests": [1, None]})
+    gsm8k, first, second, math, boxed, ours = read_problems(path)
+    assert gsm8k == {"id": "rows-1", "question": "Ann?", "answer": "1,414",
+                     "solution": "3 + 4 = <<3+4=7>>7\nTwice is 1,414."}
+    assert (first["id"], first["template"], first["answer"]) == ("7-0", "7", "-3")
+    assert (second["id"], second["template"], second["answer"]) == ("7-1", "7", "1/2")
+    assert math == {"unique_id": "test/1", "id": "test/1", "question": "Find $x$.",
+                    "answer": "\\frac{1}{2}", "level": 5}
+    assert (boxed["question"], boxed["answer"], boxed["type"]) == ("1+1?", "2", "Algebra")
+    assert ours == {"id": "ours", "question": "q" * 100_000, "answer": "38", "steps": 4,
+                    "tests": [1, None]}
+    assert read_problems(path, limit=2) == [gsm8k, first]
+    tree.write_jsonl(path, [gsm8k, first, second, math, boxed, ours])
+    assert read_problems(path) == [gsm8k, first, second, math, boxed, ours]  # our form stays
 
+def test_gsm8k_as_people_have_it(tmp_path):
+    """A Windows export, numbers as answers, "####" twice, U+2028 in a text: tracebacks and lost
+    steps."""
+    path = write(
+        tmp_path, '\ufeff{"question": "Tom?", "answer": "3+4=7\\r\\n#### 7"}\r',
+        {"id": 0, "question": "3+4?", "answer": 7}, {"id": 1, "question": "1/2?", "answer": 0.5},
+        {"id": 2, "question": "seven?", "answer": 7.0, "level": None},
+        {"id": 3, "question": "Tom?", "answer": "A list:\n#### step\n3+4=7\n#### 7"},
+        {"id": 4, "question": "Line\u2028sep?", "answer": "a\u2028b\n#### 7"})
+    windows, number, half, whole, twice, sep = read_problems(path)
+    assert (windows["answer"], windows["solution"]) == ("7", "3+4=7")
+    assert (number["answer"], half["answer"], whole["answer"]) == ("7", "0.5", "7.0")
+    assert (twice["answer"], twice["solution"]) == ("7", "A list:\n#### step\n3+4=7")
+    assert (sep["question"], sep["solution"]) == ("Line\u2028sep?", "a\u2028b")
 
-GONE = object()  # the field is missing
+@pytest.mark.parametrize("answer", [
+    "1,234", "-3", "1/2", "$5.00", "\\frac{1}{2}", "\\{1, 2\\}", "\\emptyset", "½", "∅", "שלוש",
+    "(A)", 0, -0.0, 1e22])
+def test_answers_that_can_be_graded_are_read(tmp_path, answer):
+    """Also beside text from right to left, an id like a path, and a question of 100 kB."""
+    row = {"id": "../\\é", "question": "כמה? " * 20_000, "answer": answer}
+    [problem] = read_problems(write(tmp_path, row))
+    assert problem == {**row, "question": row["question"].strip(), "answer": str(answer)}
+
+# ---- Bad input -----------------------------------------------------------------------------------
+GONE = "the field is missing"
+NAN = float("nan")
 RAW = ['{"id": "p", "nodes": [{"par', "[1, 2]", '"abc"', b'{"id": "\xff"}', "[" * 99_999, "NaN",
-       '{"id": "z", "question": "half a pair \\ud83e", "answer": "1", "steps": ["a"], "reward": 1}', b"\0\0\0", b"\x1f\x8b\x08", '{"a": 1}{"a": 2}',
-       '{"id": "z", "question": "q", "answer": 1e999, "steps": ["a"], "reward": 1}', '{"id": "z", "question": "q", "answer": "1", "level": 1' + "0" * 5000 + "}"]
-SEARCH, TRACE = search(node(-1), node(0, "a"), node(1, "b"), node(1, "c")), trace("a", "b")
+       b"\0\0\0", b"\x1f\x8b\x08", '{"a": 1}{"a": 2}',
+       '{"id": "z", "question": "half \\ud83e", "answer": "1", "steps": ["a"], "reward": 1}',
+       '{"id": "z", "question": "q", "answer": 1e999, "steps": ["a"], "reward": 1}',
+       '{"id": "z", "question": "q", "answer": "1", "level": 1' + "0" * 5000 + "}"]
+SEARCH = search(node(-1), node(0, "a"), node(1, "b"), node(1, "c"))
+TRACE = trace("a", "b")
+NUMBERS = [-1, 0.5, True, "1", 10 ** 400, GONE]
 SPOILT = [  # a good row, where in it, and what must not stand there
-    (SEARCH, "id", [None, True, ["p"], " ", 1.5, GONE]), (SEARCH, "question", [5, " ", "Other?", GONE]), (SEARCH, "nodes 0 step", ["Let me think."]),
-    (SEARCH, "answer", [None, True, ["\x1b[31m"], " ", "5", GONE]), (SEARCH, "nodes", [{"0": {}}, [], [7], GONE]), (SEARCH, "nodes 0 parent", [0]),
-    (SEARCH, "nodes 1 parent", [9, 2, 1, -1, 0.0, False, "0", GONE]),  # out of reach, cyclic, its own, a second root
-    (SEARCH, "nodes 1 step", [3, "", " ", "a\n\nb", "a\n \nb", GONE]), (SEARCH, "nodes 1 visits", [-1, 0.5, True, "1", 10 ** 400, GONE]),
-    (SEARCH, "nodes 1 value", [-0.5, 1.5, True, "1", float("nan"), float("inf"), 10 ** 400, GONE]), (SEARCH, "nodes 1 terminal", ["false", None]),
-    (TRACE, "steps", ["abc", [], ["a", 1], ["a", ""], ["a\n\nb"], GONE]), (TRACE, "reward", [True, 2, -1, float("nan"), "1", GONE]), (TRACE, "answer", ["5"]),
-    (PROBLEM, "answer", ["$", ".", "\\text{}", "\\boxed{}", "\\boxed{5", "5}", "5\\", "7\n#### ?"]),  # nothing to grade by
-    (PROBLEM, "id", [None, True, [1], "p", "", 0.5]), (PROBLEM, "question", [None, "", GONE]), (PROBLEM, "answer", [["1"], None, True, float("nan"), "7\n####", GONE])]
-TABLE = [pytest.param(reader, line, "", id=f"{reader.__name__} {line[:20]}") for reader in (read_trees, read_problems) for line in RAW]
-for good, where, value in ((good, where, value) for good, where, values in SPOILT for value in values):
-    *way, last = (int(key) if key.isdigit() else key for key in where.split())
-    place = bad = json.loads(json.dumps(good))
+    (SEARCH, "id", [None, True, ["p"], " ", 1.5, GONE]),
+    (SEARCH, "question", [5, " ", GONE]),
+    (SEARCH, "answer", [None, True, ["\x1b[31m"], " ", GONE]),
+    (SEARCH, "nodes", [{"0": {}}, [], [7], GONE]),
+    (SEARCH, "nodes 0 step", ["Let me think."]),
+    (SEARCH, "nodes 0 parent", [0]),
+    (SEARCH, "nodes 1 parent", [9, 2, 1, -1, 0.0, False, "0", GONE]),  # a cycle, a second root ...
+    (SEARCH, "nodes 1 step", [3, "", " ", "a\n\nb", "a\n \t\r\nb", GONE]),
+    (SEARCH, "nodes 1 visits", NUMBERS),
+    (SEARCH, "nodes 1 value", [-0.5, 1.5, True, "1", NAN, 10 ** 400, GONE]),
+    (SEARCH, "nodes 1 terminal", ["false", None]),
+    (TRACE, "steps", ["abc", ["a", 1], ["a", ""], ["a\n\nb"], GONE]),
+    (TRACE, "reward", [True, 2, -1, NAN, "1", GONE]),
+    (PROBLEM, "id", [None, True, [1], "first", "", 0.5]),  # the one before is the first
+    (PROBLEM, "question", [None, "", GONE]),
+    (PROBLEM, "answer", [["1"], None, True, NAN, "7\n####", GONE]),
+    (PROBLEM, "answer", [".", "\\text{}", "\\boxed{}", "\\boxed{5"])]  # not gradable
+
+def spoil(row, where, value):
+    """A copy of the row with this value, or without one, at a place such as "nodes 1 step"."""
+    row = json.loads(json.dumps(row))
+    place = row
+    *way, last = where.split()
     for key in way:
-        place = place[key]
-    place.update({last: value}) if value is not GONE else place.pop(last)
-    shown = last if value is GONE else json.dumps(value[-1] if isinstance(value, list) and value else value).strip("[]")[:20]
-    reader = read_problems if good is PROBLEM else read_trees
-    TABLE.append(pytest.param(reader, bad, shown, id=f"{reader.__name__} {where} {'missing' if value is GONE else json.dumps(value)[:20]}"))
+        place = place[int(key) if key.isdigit() else key]
+    place[last] = value
+    if value is GONE:
+        del place[last]
+    return row
 
+def bad_lines():
+    """A reader, a line that it must refuse, and the words of which the message has one or more."""
+    for line in RAW:
+        yield read_trees, line, [""]
+        yield read_problems, line, [""]
+    for row, where, values in SPOILT:
+        reader = read_problems if row is PROBLEM else read_trees
+        for value in values:
+            field = where.split()[-1]
+            line = spoil(row, where, value)
+            if isinstance(value, list) and value:
+                value = value[-1]
+            found = "not JSON compliant" if value is NAN else json.dumps(value)[:20]
+            yield reader, line, [f'"{field}"', f"the {field}", found]
 
-@pytest.mark.parametrize("reader, line, shown", TABLE)
-def test_bad_input_is_named_or_skipped(tmp_path, reader, line, shown):
-    """Each ended in a traceback, in garbage that was trained on, or in an error without the line to look at."""
-    good = TRACE if reader is read_trees else PROBLEM
-    path = write(tmp_path, good, line, {**good, "id": "last"})
+@pytest.mark.parametrize("reader, line, words", list(bad_lines()))
+def test_bad_input_is_named(tmp_path, reader, line, words):
+    """They ended in tracebacks, in garbage that was trained on, or in errors without a line."""
+    path = write(tmp_path, {**TRACE, "id": "first"}, line)
     with pytest.raises(InputError) as caught:
         reader(path)
-    start, said = f"{path}, line 2: ", str(caught.value)
-    assert said.startswith(start) and "xpected" in said and shown.lower() in said[len(start):].lower() and said.isprintable(), said
-    with contextlib.redirect_stderr(io.StringIO()) as err:  # the bad line alone is missing, is named and counted
-        assert [row["id"] if reader is read_problems else row.id for row in reader(path, skip_bad=True)] == ["p", "last"]
-    assert start in err.getvalue() and "1 bad line" in err.getvalue()
+    said = str(caught.value)
+    assert said.startswith(f"{path}, line 2: ") and "; expected " in said
+    assert any(word in said for word in words)
+    assert len(said) < len(path) + 500 and said.isprintable()
 
-
-@pytest.mark.parametrize("answer", ["1,234", "-3", "1/2", "$5.00", "\\frac{1}{2}", "\\{1, 2\\}", "\\left\\{ x \\right.", "()", "\\emptyset", "½", "∅", "שלוש", "(A)", 0, -0.0, 1e22])
-def test_answers_that_can_be_graded_are_read(tmp_path, answer):
-    """With a byte-order mark, Windows' line ends, text from right to left, an id like a path, and a question of 100 kB."""
-    row = {"id": "../\\é", "question": "כמה? " * 20_000, "answer": answer}
-    assert read_problems(write(tmp_path, "\ufeff" + json.dumps(row) + "\r")) == [{**row, "question": row["question"].strip(), "answer": str(answer)}]
-
-
-@pytest.mark.parametrize("reader", [read_trees, read_problems])
+@pytest.mark.parametrize("reader", [read_trees, read_problems, tree.from_completions])
 def test_no_file_no_line_and_nesting(tmp_path, reader):
-    """Missing, a folder, empty, blank, or nothing but bad lines: never an empty data set. Nesting that can be read but not shown again."""
-    for path in (f"{tmp_path}/missing", str(tmp_path), write(tmp_path), write(tmp_path, "", " ", name="blank"), write(tmp_path, "torn {", name="torn")):
+    """Never an empty data set. Some nesting can be read but not shown again."""
+    blank = write(tmp_path, "", " ", name="blank")
+    for path in (f"{tmp_path}/missing", str(tmp_path), write(tmp_path, name="empty"), blank):
         with pytest.raises(InputError, match=re.escape(path)):
-            reader(path, skip_bad=True)
-    for depth in range(800, 1000):
+            reader(path)
+    for depth in range(800, 1000, 7):
         with pytest.raises(InputError):
             reader(write(tmp_path, '{"question": ' + "[" * depth + "]" * depth + "}"))
-    with pytest.raises(InputError):  # numbers beyond any float
-        read_trees(write(tmp_path, search(node(-1, visits=10 ** 400, value=10 ** 400))))
 
+# ---- Files ---------------------------------------------------------------------------------------
+def test_files_keep_every_character_and_outlive_a_failed_write(tmp_path):
+    """Unicode's line separators cut a line in two, and a run that died while writing took the last
+    run's trees along."""
+    problem = {"id": "id\u2028\x85é", "question": "כמה?\nשحال؟ \x1b[31m", "answer": "٣"}
+    steps = ["", "צעד\u2028אחד\r\n½", "🧮 x"]
+    t = Tree(problem, steps, [-1, 0, 1], [3, 2, 1], [1.5, 1.0, 0.0])
+    out = os.path.join(tmp_path, "trees.jsonl")
+    tree.write_trees(out, [t])
+    assert read_trees(out) == [t] and "כמה".encode() in read(out)
+    with pytest.raises(TypeError):
+        tree.write_jsonl(out, [{}, {"a": object()}])
+    assert read_trees(out) == [t]
+    tree.write_trees(out, [t])  # over what the dead run left behind
+    assert os.listdir(tmp_path) == ["trees.jsonl"]
 
-def test_the_command(tmp_path):
-    """Two files become one; no colour in a pipe; a mistake is one sentence and status 2, not a traceback; a closed pipe is no mistake."""
-    env, out = {**os.environ, "PYTHONUNBUFFERED": ""}, os.path.join(tmp_path, "trees.jsonl")
-    run = lambda *args, env=env, **how: subprocess.run([sys.executable, tree.__file__, *args], capture_output=True, encoding="utf-8", env=env, **how)
-    done = run(write(tmp_path, trace("a", "b", reward=0)), write(tmp_path, trace("a", "c"), name="more"), "--out", out, "--show", "--id", "p")
-    assert done.returncode == 0 and prefixes(*read_trees(out)) == {(): (2, 1.0), ("a",): (2, 1.0)}
-    assert "\033" not in done.stdout and "└─ a" in done.stdout and "1 problems, 2 distinct prefixes" in done.stdout
-    os.mkfifo(fifo := f"{tmp_path}/fifo")
-    for flags in ([write(tmp_path, '{"id": "\x1b[31m', name="bad")], [out, "--id", "other"], [out, "--out", str(tmp_path)], [out, "--out", fifo], [fifo],
-                  [out, "--out", f"{out}/below"], ["\x1b[31m\n"], ["--\x1b[31m"], [b"\xff"], [out, "--i", "p"], ["--id"]):
-        failed = run(*flags)
-        assert failed.returncode == 2 and re.fullmatch(r"tree\.py: [^\n\x1b]+\n", failed.stderr), failed.stderr
-    assert os.path.exists(fifo) and run(out, "--show", env={**env, "PYTHONIOENCODING": "ascii"}).returncode == 0
-    before = open(out).read()
-    full = run(write(tmp_path, trace(*["step"] * 999), name="long"), "--out", out, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (999, 999)))
-    assert full.returncode == 2 and re.fullmatch(r"tree\.py: [^\n]+ intact\n", full.stderr) and open(out).read() == before
-    command = '(sleep 0.1; "$0" "$1" "$2" --show; echo "status $?" >&2) | true'
-    assert subprocess.run(["bash", "-c", command, sys.executable, tree.__file__, out], capture_output=True, env=env).stderr == b"status 0\n"
+def test_a_planted_link_is_not_followed(tmp_path):
+    """Somebody's link at the temporary name sent the rows into a file of ours."""
+    victim = write(tmp_path, "mine", name="victim")
+    os.symlink(victim, f"{tmp_path}/out.jsonl.tmp")
+    tree.write_jsonl(f"{tmp_path}/out.jsonl", [{"a": 1}])
+    assert read(victim) == b"mine\n"
+    assert read(f"{tmp_path}/out.jsonl") == b'{"a": 1}\n'
+    assert not os.path.islink(f"{tmp_path}/out.jsonl")
+
+def parse_n(row, number):
+    return tree.get_field(row, "n", int, "a number")
+
+@pytest.mark.parametrize("before, rows, after", [
+    (b"", [], b""),
+    (b'{"n": 1}\n{"n": 2}\n', [1, 2], b'{"n": 1}\n{"n": 2}\n'),
+    (b'{"n": 1}\n\n{"n": 2', [1], b'{"n": 1}\n\n'),     # a killed writer
+    (b'{"n": 1}\n\0\0\0', [1], b'{"n": 1}\n'),         # a machine that lost its power
+    (b'{"n": 1}\n{"m": 2}\n{"n', None, None),          # somebody else's, however they end
+    (b"my\nnotes", None, None),
+    (b'{"n": 1}', None, None)])
+def test_an_output_is_continued_only_if_it_is_ours(tmp_path, capsys, before, rows, after):
+    """The last line of a file that was not ours was cut off before the file was refused."""
+    path = os.path.join(tmp_path, "folder", "out.jsonl")
+    assert tree.continue_jsonl(path, parse_n) == []
+    with open(path, "wb") as file:
+        file.write(before)
+    if rows is None:
+        with pytest.raises(InputError, match=re.escape(path)):
+            tree.continue_jsonl(path, parse_n)
+        assert read(path) == before
+        return
+    assert tree.continue_jsonl(path, parse_n) == rows
+    assert read(path) == after
+    assert ("cut off" in capsys.readouterr().err) == (after != before)
+    tree.append_jsonl(path, {"n": 9})
+    assert tree.continue_jsonl(path, parse_n) == [*rows, 9]
+
+def append_many(path):
+    for n in range(20):
+        tree.append_jsonl(path, {"n": n, "text": "x" * 30_000})
+
+def test_ranks_append_whole_lines_to_one_file(tmp_path):
+    path = os.path.join(tmp_path, "out.jsonl")
+    fork = multiprocessing.get_context("fork")
+    ranks = [fork.Process(target=append_many, args=[path]) for _ in range(3)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join()
+    assert sorted(tree.read_jsonl(path, parse_n)) == sorted([*range(20)] * 3)
+
+def python(*args, **how):
+    """Run Python in another process; stdout, stderr and returncode."""
+    environment = {**os.environ, "PYTHONUNBUFFERED": "", **how}
+    root = os.path.dirname(os.path.abspath(tree.__file__))
+    return subprocess.run([sys.executable, *args], capture_output=True, encoding="utf-8", cwd=root,
+                          env=environment)
+
+def test_a_folder_is_locked_once(tmp_path):
+    """Two runs that started within the same seconds shared a folder and mixed their logs."""
+    held = tree.lock(f"{tmp_path}/run")
+    code = "import sys, tree; tree.run_command(lambda: tree.lock(sys.argv[1]) and None)"
+    for spelling in (f"{tmp_path}/run", f"{tmp_path}/run/", f"{tmp_path}/./run"):
+        other = python("-c", code, spelling)
+        assert other.returncode == 2 and "another process writes" in other.stderr
+    held.close()
+    assert python("-c", code, f"{tmp_path}/run/").returncode == 0
+
+# ---- The command ---------------------------------------------------------------------------------
+def run(*args, **how):
+    return python(tree.__file__, *args, **how)
+
+def test_the_command_merges_files_and_draws(tmp_path):
+    """No colour in a pipe, and a terminal that cannot draw boxes is no error."""
+    out = os.path.join(tmp_path, "trees.jsonl")
+    one = write(tmp_path, trace("a", "b", reward=0))
+    two = write(tmp_path, trace("a", "c"), name="two.jsonl")
+    done = run(one, two, "--out", out, "--show", "--id", "p", COLUMNS="60")
+    assert done.returncode == 0 and "\033" not in done.stdout
+    assert "│  a" in done.stdout and "1 problems, 2 distinct prefixes" in done.stdout
+    assert max(map(len, done.stdout.splitlines()[:3])) == 60
+    assert prefixes(*read_trees(out)) == {(): (2, 1.0), ("a",): (2, 1.0)}
+    assert run(out, "--show", PYTHONIOENCODING="ascii").returncode == 0
+    assert run(two, "--out", out).returncode == 0  # trees of an earlier run are written anew
+    sampled = write(tmp_path, {**PROBLEM, "completions": ["x\n\n#### 4"]}, name="sampled.jsonl")
+    assert run("--from_completions", sampled, "--out", out).returncode == 0
+    assert prefixes(*read_trees(out)) == {(): (1, 1.0), ("x",): (1, 1.0)}
+    assert "(default: None)" not in run("--help").stdout
+
+def test_a_wrong_out_destroys_nothing(tmp_path):
+    """A search of many hours was replaced by its own trees; so was another one, and a pipe."""
+    one = write(tmp_path, SEARCH)
+    two = write(tmp_path, SEARCH, name="two.jsonl")
+    notes = write(tmp_path, "my notes", name="notes")
+    fifo = f"{tmp_path}/fifo"
+    os.mkfifo(fifo)
+    os.symlink(one, f"{tmp_path}/link")
+    files = [one, two, notes, fifo, f"{tmp_path}/link", str(tmp_path)]
+    for out in [*files, f"{one}/below"]:
+        failed = run(one, "--out", out)
+        assert failed.returncode == 2 and re.fullmatch(r"tree\.py: [^\n]+\n", failed.stderr)
+    assert read(one) == read(two) and read(notes) == b"my notes\n" and os.path.exists(fifo)
+    assert run(f"{tmp_path}/./rows.jsonl", "--out", one).returncode == 2
+
+def test_a_mistake_is_one_sentence_and_status_2(tmp_path):
+    """They were tracebacks, and moved the cursor. Under torchrun each rank ends like this."""
+    good = write(tmp_path, TRACE)
+    bad = write(tmp_path, '{"id": "\x1b[31m', name="bad")
+    for flags in ([bad], [good, "--id", "other"], ["\x1b[31m\n"], ["--\x1b[31m"], [b"\xff"],
+                  [good, "--i", "p"], ["--id"], [good, "--from_completions"]):
+        failed = run(*flags, RANK="1")
+        assert failed.returncode == 2
+        assert re.fullmatch(r"tree\.py: [^\n\x1b]+\n", failed.stderr), failed.stderr
+
+def test_a_full_disk_leaves_the_old_file(tmp_path):
+    out = write(tmp_path, search(node(-1, depth=0)), name="out.jsonl")
+    before = read(out)
+    long = write(tmp_path, trace(*["step"] * 999))
+    command = [sys.executable, tree.__file__, long, "--out", out]
+    failed = subprocess.run(command, capture_output=True, preexec_fn=limit_file_size)
+    assert failed.returncode == 2 and failed.stderr.count(b"\n") == 1
+    assert read(out) == before
+
+def limit_file_size():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (999, 999))
+
+def test_a_closed_pipe_and_ctrl_c_are_no_tracebacks(tmp_path):
+    command = '(sleep 0.3; "$0" "$1" "$2" --show; echo "status $?" >&2) | true'
+    out = write(tmp_path, TRACE)
+    closed = subprocess.run(["bash", "-c", command, sys.executable, tree.__file__, out],
+                            capture_output=True)
+    assert closed.stderr == b"status 0\n"
+    code = "import os, signal, tree; tree.run_command(lambda: os.kill(os.getpid(), signal.SIGINT))"
+    stopped = python("-c", code)
+    assert (stopped.returncode, stopped.stderr) == (130, "")
+
+@pytest.mark.parametrize("text, kind, fits", [
+    ("3", int, True), ("0", int, False), ("9", int, False), ("1.5", int, False),
+    ("1.5", float, True), ("nan", float, False), ("inf", float, False), ("x", float, False)])
+def test_numbers_of_flags_have_limits(text, kind, fits):
+    """nan passed every comparison, and a mistake was a traceback."""
+    parser = tree.arguments("A script.")
+    parser.add_argument("--n", type=tree.at_least(1, kind, high=8))
+    if fits:
+        assert parser.parse_args(["--n", text]).n == kind(text)
+    else:
+        with pytest.raises(InputError, match="argument --n: "):
+            parser.parse_args(["--n", text])

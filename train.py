@@ -2,183 +2,219 @@
 Tree-OPO: GRPO-like training of a small language model on prefixes from a teacher's search trees.
 
 What differs from textbook GRPO:
-1. Prompts are prefixes: 8 partial solutions of one problem's tree form a group (Sec. 3.1), not one question 8 times.
-2. Advantages know the tree: r - alpha V(prefix), mean-centred, or a quadratic program (Sec. 3.2, 3.3; advantage.py).
-3. No division by the standard deviation (App. A.8), no ratio, no clip, no reference model: one update a batch, so the
-   loss is the plain policy gradient of Sec. 3.4, a sum over completion tokens and a mean over samples.
+1. Prompts are prefixes: 8 partial solutions of one problem's tree form a group (Sec. 3.1), instead
+   of one question 8 times.
+2. Advantages know the tree: r - alpha V(prefix), mean-centred, or a quadratic program (Sec. 3.2,
+   3.3; advantage.py).
+3. No division by the standard deviation (App. A.8), no ratio, no clip, no reference model: one
+   update a batch, so the loss is the plain policy gradient of Sec. 3.4, a sum over completion
+   tokens and a mean over samples.
 4. A group is one packed row: what its samples share is computed once (tree.pack).
 
-The methods that the paper compares with (Tables 1 and 2) differ in three places: what a completion (`compare`) or each of its steps
-(`credit_steps`) is credited with, how log-probs are weighted (`surrogate`), and a KL term (`evaluate.divergence`). See README.
-
-    torchrun train.py --baseline expectation                          # the embedded default, on a laptop
-    torchrun --nproc_per_node 8 train.py --preset paper --trees out/gsm8k_trees.jsonl --baseline expectation
-    python train.py --resume                                          # go on where the default run was stopped
+The other methods of Tables 1 and 2 differ in what a completion (`compare_groups`) or each of its
+steps (`credit_steps`) is credited with, in how log-probs are weighted (`surrogate`), and in a KL
+term (`evaluate.divergence`).
 """
-import fcntl
+import argparse
 import json
 import math
 import os
 import re
+import shlex
+import shutil
 import signal
 import sys
+import tempfile
 import time
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
+from zlib import crc32
 
-from tree import (InputError, arguments, at_least, continue_jsonl, leave_on_signals, micro_batches, read_problems, read_solutions,
-                  read_trees, run_command, sample_group, shuffled, stop_on_signals, tokenize, write_jsonl)
-
-if __name__ == "__main__":
-    leave_on_signals()  # torch takes seconds to import; in the loop stop_on_signals replaces it
-
+import evaluate  # before torch: it notes which torchrun has started this process
 import numpy as np
 import torch
 import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from transformers import get_cosine_schedule_with_warmup
 
 import advantage
-import evaluate
 from evaluate import gather
+from tree import (InputError, arguments, at_least, lock, micro_batches, read_problems,
+                  read_solutions, read_trees, rng, run_command, sample_group, shuffled, tokenize,
+                  write_jsonl)
+
+EXAMPLES = """examples:
+  torchrun train.py --baseline expectation                    the embedded default, on a laptop
+  python train.py --resume                                    go on where that run was stopped
+  python train.py --group question --baseline grpo            GRPO, for comparison
+  python train.py --objective sft --trees traces.jsonl        learn worked solutions by heart
+  python train.py --teacher data/arithmetic/teacher --distill_coef 0.1        Tree-OPO + KL
+  python train.py --group question --reward teacher --teacher data/arithmetic/teacher --lr 5e-4
+                                                              REINFORCE with the teacher's reward
+  torchrun --nproc_per_node 8 train.py --preset paper --trees out/gsm8k_trees.jsonl
+"""
 
 # ---- Knobs. Any flag overrides its preset. -------------------------------------------------------
 PRESETS = {
     "arithmetic": dict(  # the embedded default
-        model="data/arithmetic/student", trees="data/arithmetic/trees.jsonl", eval_data="data/arithmetic/test.jsonl",
-        alpha=0.5, group_size=8, batch_size=32, temperature=1.0, max_prompt=256, max_new_tokens=96, eval_new_tokens=96,
-        lora_rank=16, lora_alpha=64, lora_dropout=0.0, critic_warmup=5, lr=3e-4, steps=120, eval_every=40, save_every=20),
+        model="data/arithmetic/student", trees="data/arithmetic/trees.jsonl",
+        eval_data="data/arithmetic/test.jsonl", alpha=0.5, group_size=8, batch_size=32,
+        temperature=1.0, max_prompt=256, max_new_tokens=96, lora_rank=16, lora_alpha=64.0,
+        lora_dropout=0.0, critic_warmup=5, lr=3e-4, steps=120, eval_every=40, save_every=20),
     "paper": dict(  # Table 3; steps: two passes over GSM8K's 7,473 training problems, four a batch
-        model="Qwen/Qwen2.5-1.5B-Instruct", trees="out/gsm8k_trees.jsonl", eval_data="data/gsm8k/test.jsonl",
-        alpha=0.5, group_size=8, batch_size=32, temperature=1.0, max_prompt=512, max_new_tokens=256, eval_new_tokens=512,
-        lora_rank=16, lora_alpha=64, lora_dropout=0.1, critic_warmup=20, lr=3e-5, steps=3736, eval_every=500, save_every=100),
+        model="Qwen/Qwen2.5-1.5B-Instruct", trees="out/gsm8k_trees.jsonl",
+        eval_data="data/gsm8k/test.jsonl", alpha=0.5, group_size=8, batch_size=32,
+        temperature=1.0, max_prompt=512, max_new_tokens=256, lora_rank=16, lora_alpha=64.0,
+        lora_dropout=0.1, critic_warmup=20, lr=3e-5, steps=3736, eval_every=500, save_every=100),
 }
-
-# what a resumed run may change without being another run
-MAY_DIFFER = "out resume force skip_bad eval_data eval_limit eval_every eval_new_tokens save_every rollouts_every micro_tokens no_pack".split()
+CLIP = 0.2             # how far the probability ratio may leave 1 where there are several epochs
+MAX_WEIGHT = 10.0      # largest importance weight of a teacher's completion (Sec. 3.1)
+CRITIC_LR = 1e-3       # of all the critic's weights
+GAMMA = 0.95           # discount a reasoning step, of step rewards and in GAE (Table 3)
+WARMUP = 0.03          # share of the run in which the learning rate rises
+ROLLOUTS_EVERY = 10    # steps between samples written to rollouts.jsonl
+MAY_DIFFER = ("out", "resume", "preset", "eval_data", "eval_every", "save_every", "micro_tokens",
+              "no_pack")  # what a resumed run may change without being another run
 
 
 def add_flags(parser):
-    """Every knob, in groups. Defaults that differ between presets are in PRESETS."""
-    count, whole, share, positive, number = at_least(1), at_least(0), at_least(0, float, high=1), at_least(1e-12, float), at_least(0, float)
-    add = parser.add_argument_group("model").add_argument
-    add("--model", help="the student: a folder or a hub name")
+    """Every knob, in groups. Defaults that differ between presets stand in PRESETS."""
+    count = at_least(1)
+    whole = at_least(0)
+    share = at_least(0, float, high=1)
+    positive = at_least(1e-12, float)
+
+    def group(title, sentence):
+        return parser.add_argument_group(title, sentence).add_argument
+
+    def preset(name, kind, text):
+        values = " | ".join(str(preset[name]) for preset in PRESETS.values())
+        add(f"--{name}", type=kind, default=argparse.SUPPRESS, help=f"{text} ({values})")
+
+    parser.add_argument("--preset", choices=PRESETS, default="arithmetic",
+                        help="defaults: (arithmetic | paper), the latter from the paper's Table 3")
+    add = group("model", "What learns: LoRA on a causal language model.")
+    preset("model", str, "the student: a folder or a hub name")
     add("--adapter", help="start from this PEFT adapter instead of a fresh one")
-    add("--lora_rank", type=whole, help="0 trains every weight instead of an adapter")
-    add("--lora_alpha", type=positive, help="LoRA's scale is alpha / rank")
-    add("--lora_dropout", type=at_least(0, float, high=0.99), help="dropout in LoRA layers, in the update alone")
-    add("--trust_remote_code", action="store_true", help="run the model's own code from the hub")
-    add = parser.add_argument_group("data").add_argument
-    add("--trees", help="prefix trees, JSONL; traces or searches where the objective is sft")
-    add("--eval_data", help="held-out problems, JSONL")
-    add("--eval_limit", type=whole, default=0, help="evaluate on the first so many, 0 is all")
-    add("--skip_bad", action="store_true", help="name and skip bad lines instead of stopping")
-    add("--out", help="run folder; default out/PRESET-GROUP-METHOD-SEED")
-    add("--resume", action="store_true", help="go on from the checkpoint in --out")
-    add("--force", action="store_true", help="resume although other flags differ from the checkpoint's")
-    add = parser.add_argument_group("method (Table 1)").add_argument
-    add("--objective", choices=("tree_opo", "sft"), default="tree_opo", help="sft: cross entropy on the steps of traces")
-    add("--group", choices=("question", "trace", "tree"), default="tree", help="how a group's prefixes are drawn")
-    add("--baseline", choices=sorted(advantage.ESTIMATORS), help="how its advantages are computed; default expectation")
-    add("--alpha", type=share, help="weight of V(prefix) in the advantage")
-    add("--mc_rollouts", type=count, default=4, help="fresh completions a prefix for --baseline mc (App. A.9)")
-    add("--ema", type=share, default=0.5, help="weight of a new reward in a prefix's history, for --baseline ema")
+    preset("lora_rank", whole, "0 trains every weight instead of an adapter")
+    preset("lora_alpha", positive, "LoRA's scale is alpha / rank")
+    preset("lora_dropout", at_least(0, float, high=0.99), "in LoRA layers, in the update alone")
+    add = group("data", "What it learns from, and where the run is kept.")
+    preset("trees", str, "prefix trees, or traces and searches for sft; JSONL")
+    preset("eval_data", str, "held-out problems, JSONL")
+    evaluate.add_prompt_flags(add)
+    add("--out", help="run folder (out/PRESET-GROUP-METHOD-SEED)")
+    add("--resume", action="store_true", help="go on from the checkpoint in --out, if there is one")
+    add = group("method", "The rows of Table 1, and what a batch is.")
+    add("--objective", choices=("tree_opo", "sft"), default="tree_opo", help="sft: cross entropy")
+    add("--group", choices=("question", "trace", "tree"), default="tree", help="of prefixes")
+    add("--baseline", choices=sorted(advantage.ESTIMATORS), default=argparse.SUPPRESS,
+        metavar="NAME", help=f"expectation, or one of {', '.join(sorted(advantage.ESTIMATORS))}")
+    preset("alpha", share, "weight of V(prefix) in the advantage")
+    add("--mc_rollouts", type=count, default=4, help="completions a prefix for --baseline mc")
     add("--no_root", action="store_true", help="leave the bare question out of the prefixes")
-    add("--group_size", type=count, help="samples that are compared with each other")
-    add("--batch_size", type=count, help="samples a step over all ranks")
-    add("--temperature", type=at_least(0.01, float), help="of the student's rollouts, and of the loss")
-    add("--max_prompt", type=count, help="longer prefixes are dropped, tokens")
-    add("--max_new_tokens", type=count, help="a completion that needs more has reward 0")
-    add("--epochs", type=count, default=1, help="updates a batch; with more than one the probability ratio is clipped, as in PPO and GRPO")
-    add("--clip", type=positive, default=0.2, help="how far the ratio may leave 1")
-    add("--kl_coef", type=number, default=0.0, help="weight of KL(student || student without its adapter)")
-    add = parser.add_argument_group("teacher and critic (Table 2, App. B, Sec. 3.1)").add_argument
+    preset("group_size", count, "samples that are compared with each other")
+    preset("batch_size", count, "samples a step over all ranks")
+    preset("temperature", at_least(0.01, float), "of the student's rollouts, and of the loss")
+    preset("max_prompt", count, "longer prefixes are dropped; tokens")
+    preset("max_new_tokens", count, "longer completions earn 0; twice as many in evaluations")
+    add("--epochs", type=count, default=1, help="updates a batch; with several PPO's clipped ratio")
+    add("--kl_coef", type=at_least(0, float), default=0.0, help="of KL(student || no adapter)")
+    add = group("teacher and critic", "The rows of Table 2; App. B, Sec. 3.1.")
     add("--teacher", help="a model with the student's vocabulary: a folder or a hub name")
     add("--teacher_adapter", help="a PEFT adapter on it")
-    add("--distill_coef", type=number, default=0.0, help="weight of the divergence to the teacher, a mean over completion tokens")
-    add("--kl", choices=("student_teacher", "teacher_student"), default="student_teacher", help="its direction: KL(first || second)")
-    add("--reward", choices=("task", "teacher", "none"), default="task",
-        help="task: 1 for the right answer; teacher: log p(teacher) - log p(student) of every step; none: the divergence alone")
-    add("--behaviour", choices=("student", "teacher"), default="student", help="who writes the completions; the teacher's are weighted (Sec. 3.1)")
-    add("--weight_clip", type=positive, default=10.0, help="largest importance weight of a teacher's completion")
-    add("--critic", help="a decoder's folder or hub name; with a value head it replaces --baseline by GAE over reasoning steps")
-    add("--critic_lr", type=positive, default=1e-3, help="of all its weights")
-    add("--critic_warmup", type=whole, help="steps in which the critic learns and the student does not")
-    add("--gamma", type=share, default=0.95, help="discount a reasoning step, of step rewards and in GAE")
-    add("--gae_lambda", type=share, default=0.95, help="1 is REINFORCE with the critic as its baseline, 0 is TD(0)")
-    add = parser.add_argument_group("optimisation").add_argument
-    add("--steps", type=count, help="updates")
-    add("--max_tokens", type=whole, default=0, help="end, and end the schedule, after so many generated tokens instead; 0: after --steps")
-    add("--lr", type=positive, help="peak learning rate; cosine to 0 after 3 %% of warm-up")
-    add("--seed", type=whole, default=0, help="of groups, completions and initial adapter")
+    add("--distill_coef", type=at_least(0, float), default=0.0, help="of the KL with the teacher")
+    add("--kl", choices=("student_teacher", "teacher_student"), default="student_teacher",
+        help="its direction: KL(first || second)")
+    add("--reward", choices=("task", "teacher", "none"), default="task", help="teacher: log p(teacher)"
+        " - log p(student) of every step; none: the KL alone")
+    add("--behaviour", choices=("student", "teacher"), default="student",
+        help="who writes the completions; the teacher's are weighted")
+    add("--critic", help="a decoder; with a value head it replaces --baseline by GAE over steps")
+    preset("critic_warmup", whole, "steps in which the critic learns and the student does not")
+    add("--gae_lambda", type=share, default=0.95, help="1: REINFORCE with a baseline; 0: TD(0)")
+    add = group("optimisation", "How long, how fast, and how often it reports.")
+    preset("steps", count, "updates")
+    add("--max_tokens", type=whole, default=0, help="end after so many generated tokens, not steps")
+    preset("lr", positive, "peak learning rate; cosine to 0 after a warm-up")
+    add("--seed", type=whole, default=0, help="of groups, completions and the fresh adapter")
     add("--micro_tokens", type=count, default=8192 if torch.cuda.is_available() else 1024,
-        help="tokens a forward pass, padding included; does not change the objective (a CPU likes what fits its cache)")
-    add("--no_pack", action="store_true", help="pad every sample to its own row instead of sharing prefixes")
-    add("--nonfinite", choices=("skip", "abort"), default="skip", help="what to do with a step whose loss or gradient is not finite")
-    add("--eval_every", type=whole, help="steps between evaluations, 0 is never, not even before and after")
-    add("--eval_new_tokens", type=count, help="limit of an evaluated completion")
-    add("--save_every", type=whole, help="steps between checkpoints, 0 is never, but for the last")
-    add("--rollouts_every", type=whole, default=10, help="steps between samples written to rollouts.jsonl, 0 is never")
+        help="tokens a forward pass, padding included; does not change the objective")
+    add("--no_pack", action="store_true", help="a row for every sample, instead of one for a group")
+    preset("eval_every", whole, "steps between evaluations, 0 is never, not even at the ends")
+    preset("save_every", whole, "steps between checkpoints, 0 is only the last")
 
 
 def parse_args(argv=None):
-    """The knobs: a preset, and the flags that override it. Raises InputError where they make no sense together."""
-    parser = arguments(__doc__.strip().split("\n\n")[0])
-    parser.add_argument("--preset", choices=PRESETS, default="arithmetic", help="defaults of the flags below; paper is its Table 3")
+    """The knobs: a preset, and the flags that override it. InputError where they make no sense."""
+    parser = arguments(__doc__.strip().split("\n\n")[0], epilog=EXAMPLES)
     add_flags(parser)
-    parser.set_defaults(**PRESETS[parser.parse_args(argv).preset])
-    args = parser.parse_args(argv)
-    rl, compared = args.objective == "tree_opo", args.reward == "task" and not args.critic  # else steps are credited, one by one
-    asked = args.distill_coef or "teacher" in (args.reward, args.behaviour)  # for a teacher
-    for wrong, sentence in (
-            (args.batch_size % args.group_size,
-             f"--batch_size {args.batch_size} is no multiple of --group_size {args.group_size}; expected whole groups."),
-            (rl and compared and args.group_size == 1,
-             "--group_size is 1: a sample alone is compared with nothing, its advantage always 0. Expected 2 or more."),
-            (args.baseline and not compared,
-             f"--baseline {args.baseline} compares task rewards in a group; --critic and --reward {args.reward} do not. Leave one out."),
-            (args.critic and not (rl and args.reward != "none"),
-             "--critic without rewards has nothing to predict; expected --reward task or teacher."),
-            (not rl and (args.teacher or args.kl_coef or args.epochs > 1),
-             "--objective sft learns traces alone; --teacher, --kl_coef and --epochs are not for it."),
-            ((asked or args.teacher_adapter) and not args.teacher,
-             "--distill_coef, --reward teacher, --behaviour teacher and --teacher_adapter need --teacher PATH."),
-            (args.teacher and not asked,
-             "--teacher is given, but nothing asks for it; expected --distill_coef, --reward teacher or --behaviour teacher."),
-            (args.reward == "none" and not args.distill_coef, "--reward none leaves nothing to learn from; expected a --distill_coef above 0."),
-            (args.behaviour == "teacher" and (not compared or args.epochs > 1 or args.baseline in ("ema", "mc")),
-             "--behaviour teacher weighs its completions by task rewards; --critic, other --reward, --epochs, ema and mc need the student's."),
-            (args.adapter and not args.lora_rank, "--adapter is trained as it is; --lora_rank 0, which trains every weight, is not for it."),
-            (args.kl_coef and not args.lora_rank, "--kl_coef compares with the student without its adapter, and --lora_rank 0 leaves none.")):
+    given = vars(parser.parse_args(argv))
+    args = argparse.Namespace(**{**PRESETS[given["preset"]], "baseline": "expectation", **given})
+    check_flags(args, given)
+    method = args.baseline if args.reward == "task" else args.reward
+    if args.critic:
+        method = f"{args.reward}-critic"
+    if args.objective == "sft":
+        method = "sft"
+    args.out = os.path.normpath(args.out or f"out/{args.preset}-{args.group}-{method}-{args.seed}")
+    return args
+
+
+def check_flags(args, given):
+    """InputError where flags contradict each other, or one of them would do nothing."""
+    def refuse(wrong, sentence):
         if wrong:
             raise InputError(sentence)
-    args.baseline = args.baseline or "expectation"
-    method = args.objective if not rl else args.baseline if compared else args.reward + "-critic" * bool(args.critic)
-    args.out = args.out or f"out/{args.preset}-{args.group}-{method}-{args.seed}"
-    return args
+
+    sft = args.objective == "sft"
+    compares = args.reward == "task" and not args.critic  # completions of a group with each other
+    wants_teacher = args.distill_coef or "teacher" in (args.reward, args.behaviour)
+    refuse(args.batch_size % args.group_size,
+           f"--batch_size {args.batch_size} is no multiple of --group_size {args.group_size}.")
+    refuse(not sft and compares and args.group_size == 1,
+           "--group_size 1 compares a sample with nothing; expected 2 or more.")
+    refuse("baseline" in given and not compares,
+           "--baseline compares task rewards; --critic and other --reward do not. Leave one out.")
+    refuse(args.critic and (sft or args.reward == "none"),
+           "--critic has nothing to predict; expected --reward task or teacher.")
+    refuse(sft and (args.teacher or args.kl_coef or args.epochs > 1 or "baseline" in given),
+           "--objective sft takes no --teacher, --kl_coef, --epochs or --baseline.")
+    refuse((wants_teacher or args.teacher_adapter) and not args.teacher,
+           "--distill_coef, --reward teacher, --behaviour teacher, --teacher_adapter need --teacher.")
+    refuse(args.teacher and not wants_teacher,
+           "--teacher needs --distill_coef, --reward teacher or --behaviour teacher, to do something.")
+    refuse(args.reward == "none" and not args.distill_coef,
+           "--reward none leaves nothing to learn from; expected a --distill_coef above 0.")
+    refuse(args.behaviour == "teacher"
+           and (not compares or args.epochs > 1 or args.baseline == "mc"),
+           "--behaviour teacher takes no --critic, --epochs, --baseline mc or other --reward.")
+    refuse(args.adapter and {"lora_rank", "lora_alpha", "lora_dropout"} & set(given),
+           "--adapter is trained as it is; --lora_rank, --lora_alpha and --lora_dropout do nothing.")
+    refuse(args.kl_coef and not args.lora_rank,
+           "--kl_coef compares with the student without its adapter; --lora_rank 0 has none.")
 
 
 # ---- Records -------------------------------------------------------------------------------------
 @dataclass
 class Sample:
-    """One completion, from prefix to advantage. Ids are kept as sampled and padded at the last moment."""
+    """One completion, from prefix to advantages. Ids are kept as sampled, padded at the last moment."""
     group: int
     node: int
     prefix_ids: list
     completion_ids: list = None
-    sampler_logps: list = None
-    tree: int = 0              # its place among the trees
-    seed: tuple = ()           # of its random numbers
-    reward: float = 0.0
+    sampler_logps: list = None       # (n,) of the completion's tokens
+    tree: int = 0                    # number of its tree
+    fresh: bool = False              # drawn for the baseline `mc` alone, not to learn from
+    seed: tuple = ()                 # of its random numbers
     truncated: bool = False
-    value: float = 0.0
-    advantage: object = 1.0    # one number, or one a token
-    steps: list = None         # where the completion's reasoning steps begin, if they are credited one by one
-    targets: list = None       # what the critic should have said before each
+    solved: bool = False             # the answer is right
+    reward: float = 0.0              # what the student is to earn more of
+    advantages: np.ndarray = None    # (n,) one a completion token
+    steps: list = None               # where its reasoning steps begin, if they are credited
+    targets: np.ndarray = None       # what the critic should have said before each step
 
 
 class Models(NamedTuple):
@@ -189,10 +225,11 @@ class Models(NamedTuple):
 
 
 class Scale(NamedTuple):
-    """1 / (samples, completion tokens, reasoning steps) of the whole step over all ranks: micro-batches and ranks never change the objective."""
+    """1 / (samples, completion tokens, reasoning steps) of the whole batch over all ranks, so that
+    neither micro-batches nor ranks change the objective."""
     sample: float
     token: float = 0.0
-    state: float = 0.0
+    step: float = 0.0
 
 
 @dataclass
@@ -201,243 +238,315 @@ class Run:
     models: Models
     tokenizer: object
     optimizer: object
-    names: dict      # name -> weight that learns: the student's, then the critic's
-    history: list    # per tree (P,): a running mean of the student's rewards at each prefix, nan where it has not been
+    trainable: dict  # name -> weight that learns: the student's, then the critic's
+    contents: dict   # checksums of the trees and of the base weights, which a resume compares
     rank: int = 0
     world: int = 1
     step: int = 0    # steps done
     tokens: int = 0  # generated so far
 
-    def share(self, args):
+    def done(self, args):
         """How much of the run is done, from 0 to 1 and, with --max_tokens, a little over."""
         return self.tokens / args.max_tokens if args.max_tokens else self.step / args.steps
 
     def lr_share(self, args):
-        """The learning rate of the step to come, as a share of its peak: up for 3 % of the run, then down a cosine to 0."""
-        schedule = get_cosine_schedule_with_warmup(self.optimizer, max(1, round(0.03 * args.steps)), args.steps + 1)
-        return schedule.lr_lambdas[0](self.share(args) * args.steps + 1)  # its own count of steps would not do with --max_tokens
+        """The next step's share of the peak learning rate: a linear warm-up, then a cosine to 0."""
+        step = self.done(args) * args.steps + 1
+        warmup = max(1, round(WARMUP * args.steps))
+        if step < warmup:
+            return step / warmup
+        progress = (step - warmup) / max(1, args.steps + 1 - warmup)
+        return max(0.0, 0.5 * (1 + math.cos(math.pi * progress)))
+
+    def share(self, items):
+        """This rank's part of a list that all ranks have: neighbours, which share prefixes."""
+        start = len(items) * self.rank // self.world
+        return items[start:len(items) * (self.rank + 1) // self.world]
 
 
-# ---- Roll out: groups of prefixes, completions, rewards, advantages ------------------------------
+# ---- Roll out: prefixes, completions, rewards ----------------------------------------------------
+def draw(run, trees, args):
+    """The samples of one step, of all ranks alike, that are still to be completed.
+
+    Everything random derives from (seed, step, group), never from the rank or an earlier step: any
+    number of ranks samples the same batch, and a resumed run replays nothing.
+    """
+    samples = []
+    groups = args.batch_size // args.group_size
+    for g in range(groups):
+        number = int(shuffled(run.step * groups + g, len(trees), args.seed))
+        tree = trees[number]
+        nodes = sample_group(tree, args.group_size, args.group, rng(args.seed, run.step, g),
+                             root=not args.no_root).tolist()
+        fresh = []
+        if args.baseline == "mc":  # App. A.9
+            fresh = np.repeat(np.unique(nodes), args.mc_rollouts).tolist()
+        for k, node in enumerate(nodes + fresh):
+            samples.append(Sample(g, node, tree.prefix_ids(node), tree=number,
+                                  fresh=k >= args.group_size, seed=(args.seed, run.step, g, k + 1)))
+    return samples
+
+
 def rollout(run, trees, args):
-    """This rank's groups of one step, completed, graded, and compared.
-
-    Everything drawn derives from (seed, step, group), never from the rank or an earlier step: any number of ranks
-    samples the same batch, and a resumed run replays nothing.
-    Returns samples (list of Sample), one dict of figures a group, and the number of generated tokens.
-    """
-    groups, count, size = [], args.batch_size // args.group_size, args.group_size
-    for g in range(run.rank, count, run.world):
-        place, rng = int(shuffled(run.step * count + g, len(trees), args.seed)), np.random.default_rng((args.seed, run.step, g))
-        nodes = sample_group(trees[place], size, args.group, rng, root=not args.no_root)
-        fresh = np.repeat(np.unique(nodes), args.mc_rollouts) if args.baseline == "mc" else nodes[:0]  # App. A.9
-        # the seed's last number from 1 on: numpy takes (seed, step, group, 0) for (seed, step, group), which drew the prefixes
-        groups.append([Sample(g, node, trees[place].prefix_ids(node), tree=place, seed=(args.seed, run.step, g, k))
-                       for k, node in enumerate([*nodes.tolist(), *fresh.tolist()], 1)])
-    drawn = [s for group in groups for s in group]
+    """Draw a batch, complete it, and grade it. Returns all samples, on every rank."""
+    mine = run.share(draw(run, trees, args))
     policy = run.models.teacher if args.behaviour == "teacher" else run.models.student
-    completions, logps = evaluate.generate(policy, run.tokenizer, [s.prefix_ids for s in drawn], args.max_new_tokens, args.temperature,
-                                           [s.seed for s in drawn], return_logps=True)
-    eos = evaluate.eos_ids(policy, run.tokenizer)
-    for s, ids, values in zip(drawn, completions, logps):
-        s.completion_ids, s.sampler_logps, s.truncated = ids, values, ids[-1] not in eos
-        s.reward = float(not s.truncated and evaluate.is_correct(evaluate.decode(run.tokenizer, ids), trees[s.tree].answer, strict=True))
-    figures = [compare(group[:size], group[size:], trees[group[0].tree], run.history[group[0].tree], args) for group in groups]
-    return [s for group in groups for s in group[:size]], figures, sum(map(len, completions))
+    completions, logps = evaluate.generate(
+        policy, run.tokenizer, [s.prefix_ids for s in mine], args.max_new_tokens, args.temperature,
+        [s.seed for s in mine], return_logps=True)
+    ends = evaluate.eos_ids(policy, run.tokenizer)
+    for sample, ids, values in zip(mine, completions, logps):
+        problem = trees[sample.tree].problem
+        text = evaluate.decode(run.tokenizer, ids)
+        sample.completion_ids = ids
+        sample.sampler_logps = values
+        sample.truncated = ids[-1] not in ends
+        sample.solved = not sample.truncated and evaluate.is_solved(text, problem)
+        sample.reward = reward(sample, text, problem)
+    return [sample for share in gather(mine) for sample in share]
 
 
-def compare(members, fresh, tree, history, args):
-    """Set the advantages of one group (Sec. 3.2, 3.3) and return the figures that Figure 4 plots.
+def reward(sample, text, problem):
+    """What a completion earns: any number, here 1 for a right answer. Shape rewards here.
 
-    fresh     what else was drawn at its prefixes, for --baseline mc
-    history   (P,) the student's mean reward at each prefix so far, nan where it has not been
+    sample    has completion_ids, sampler_logps, truncated and solved
+    text      of the completion
+    problem   every field of its data file
     """
-    nodes, rewards, info = np.array([s.node for s in members]), np.array([s.reward for s in members]), {}
-    mc = np.full(len(tree.parent), np.nan)
-    for node in {s.node for s in fresh}:
-        mc[node] = np.mean([s.reward for s in fresh if s.node == node])
-    teacher = np.array(tree.value) / np.maximum(tree.visits, 1)
-    a = advantage.advantages(args.baseline, nodes, tree.parent, rewards, alpha=args.alpha, teacher=teacher, mc=mc, history=history, info=info)
-    values = advantage.value("expectation", nodes, tree.parent, rewards)
-    for k, sample in enumerate(members):
-        sample.advantage, sample.value = float(a[k]), float(values[k])
-    return advantage.figures(a, nodes, tree.parent, rewards) | dict(fallback=float(info["fallback"] != "none"))
+    return float(sample.solved)
+
+
+# ---- Credit: advantages --------------------------------------------------------------------------
+def compare_groups(samples, trees, args):
+    """Set the advantages of each group (Sec. 3.2, 3.3); returns the samples to learn from, and the
+    metrics of each group, which Figure 4 plots."""
+    groups = {}
+    for sample in samples:
+        groups.setdefault(sample.group, []).append(sample)
+    metrics = []
+    for members in groups.values():
+        fresh = [s for s in members if s.fresh]
+        members = [s for s in members if not s.fresh]
+        tree = trees[members[0].tree]
+        mc = np.full(len(tree.parent), np.nan)
+        for node in {s.node for s in fresh}:
+            mc[node] = np.mean([s.reward for s in fresh if s.node == node])
+        group = advantage.Group(
+            node=[s.node for s in members], parent=tree.parent,
+            rewards=[s.reward for s in members], solved=[s.solved for s in members],
+            logps=[sum(s.sampler_logps) for s in members],
+            lengths=[len(s.completion_ids) for s in members], alpha=args.alpha, mc=mc,
+            teacher=np.array(tree.value) / np.maximum(tree.visits, 1))
+        a, used = advantage.advantages(args.baseline, **vars(group))
+        for sample, value in zip(members, a):
+            sample.advantages = np.full(len(sample.completion_ids), value)
+        metrics.append(dict(advantage.metrics(a, group), fallback=float(used != args.baseline)))
+    return [s for s in samples if not s.fresh], metrics
 
 
 @torch.no_grad()
-def credit_steps(samples, models, tokenizer, args):
-    """Credit reasoning steps instead of whole completions, rows (a) to (c) of Table 2: GAE's advantages, and targets for the critic.
+def credit_steps(samples, run, args, micro_tokens):
+    """Credit reasoning steps instead of whole completions, rows (a) to (c) of Table 2: GAE's
+    advantages, and targets for the critic. Sets what it computes, so it may be run again.
 
-    A step's reward is log p(teacher) - log p(student) of its tokens, whose expected sum is -KL(student || teacher); or the task's, at the
-    last step. Without a critic V is 0 and lambda 1: then the advantage is the discounted return, and the loss is REINFORCE.
+    A step's reward is log p(teacher) - log p(student) of its tokens, whose expected sum is
+    -KL(student || teacher); or the task's, at the last step. Without a critic V is 0 and lambda 1:
+    then the advantage is the discounted return, and the loss is REINFORCE.
     """
-    student, teacher, critic = models
-    for members, rows in cut(samples, models, args):
-        for s in members:
-            s.steps = evaluate.step_starts(student, tokenizer, s.completion_ids)
-        if critic:
-            values = evaluate.step_values(critic, members, rows).cpu().split([len(s.steps) for s in members])
+    for sample in samples:
+        sample.steps = evaluate.step_starts(run.tokenizer, sample.completion_ids)
+    for batch in batches(samples, run.models, args, micro_tokens):
+        step_counts = [len(s.steps) for s in batch.samples]
+        token_counts = [len(s.completion_ids) for s in batch.samples]
+        values = torch.zeros(sum(step_counts))
+        if run.models.critic:
+            values = evaluate.step_values(run.models.critic, *batch).cpu()
         if args.reward == "teacher":
-            logits, target, _ = evaluate.completion_logits(teacher, members, rows, args.temperature)
-            theirs = evaluate.log_probs(logits, target).cpu().split([len(s.completion_ids) for s in members])
-        for k, s in enumerate(members):
-            task = np.r_[np.zeros(len(s.steps) - 1), s.reward]
-            rewards = np.add.reduceat(theirs[k].numpy() - s.sampler_logps, s.steps) if args.reward == "teacher" else task
-            v = values[k].numpy() if critic else np.zeros(len(s.steps))
-            a, s.targets = advantage.gae(rewards, v, args.gamma, args.gae_lambda if critic else 1.0)
-            s.advantage = np.repeat(a, np.diff([*s.steps, len(s.completion_ids)]))
-
-
-def remember(samples, history, args):
-    """Move each prefix's running mean towards the rewards that the student has just earned there; for --baseline ema."""
-    for s in samples if history else ():
-        before = history[s.tree][s.node]
-        history[s.tree][s.node] = s.reward if np.isnan(before) else before + args.ema * (s.reward - before)
+            predictions = evaluate.predict(run.models.teacher, *batch, args.temperature)
+            teacher_logps = evaluate.log_probs(predictions).cpu().split(token_counts)
+        for k, (sample, v) in enumerate(zip(batch.samples, values.split(step_counts))):
+            rewards = np.zeros(len(sample.steps))
+            rewards[-1] = sample.reward
+            if args.reward == "teacher":
+                gains = teacher_logps[k].numpy() - sample.sampler_logps
+                rewards = np.add.reduceat(gains, sample.steps)  # a sum a step
+            lam = args.gae_lambda if run.models.critic else 1.0
+            a, sample.targets = advantage.gae(rewards, v.numpy(), GAMMA, lam)
+            lengths = np.diff([*sample.steps, len(sample.completion_ids)])
+            sample.advantages = np.repeat(a, lengths)
 
 
 def make_batch(run, data, args):
-    """This rank's samples of one step, credited: (samples, figures of groups, generated tokens, Scale)."""
-    if args.objective == "sft":  # solutions with advantage 1: the policy gradient is then that of cross entropy
-        samples = [Sample(k, 0, *data[shuffled(run.step * args.batch_size + k, len(data), args.seed)])
-                   for k in range(run.rank, args.batch_size, run.world)]
-        figures, generated = [], sum(len(s.completion_ids) for s in samples)
-    else:
-        samples, figures, generated = rollout(run, data, args)
-        if args.critic or args.reward == "teacher":
-            with_less_memory(lambda: credit_steps(samples, run.models, run.tokenizer, args), samples, args, run.rank)
-        elif args.reward == "none":
-            for s in samples:
-                s.advantage = 0.0
-        if args.critic or args.reward != "task":  # what Figure 4 plots is of advantages that were not used
-            figures = [{key: f[key] for key in ("reward", "dead")} for f in figures]
-    counts = gather((sum(len(s.completion_ids) for s in samples), sum(len(s.steps or ()) for s in samples)))
-    tokens, states = map(sum, zip(*counts))
-    # policy gradient: sum over tokens, mean over samples; cross entropy: mean over tokens
-    return samples, figures, generated, Scale(1 / (tokens if args.objective == "sft" else args.batch_size), 1 / tokens, 1 / max(states, 1))
+    """All samples of one step, credited; the metrics of their groups; the tokens generated."""
+    if args.objective == "sft":  # with advantage 1 the policy gradient is that of cross entropy
+        first = run.step * args.batch_size
+        numbers = [shuffled(first + k, len(data), args.seed) for k in range(args.batch_size)]
+        samples = [Sample(k, 0, *data[number]) for k, number in enumerate(numbers)]
+        for sample in samples:
+            sample.advantages = np.ones(len(sample.completion_ids))
+        return samples, [], sum(len(s.completion_ids) for s in samples)
+    samples = rollout(run, data, args)
+    generated = sum(len(s.completion_ids) for s in samples)
+    samples, metrics = compare_groups(samples, data, args)
+    if args.critic or args.reward == "teacher":
+        mine = run.share(samples)
+        _, args.micro_tokens = evaluate.with_less_memory(
+            lambda micro_tokens: credit_steps(mine, run, args, micro_tokens), args.micro_tokens)
+        samples = [sample for share in gather(mine) for sample in share]
+    elif args.reward == "none":
+        for sample in samples:
+            sample.advantages = np.zeros(len(sample.completion_ids))
+    if args.critic or args.reward != "task":  # the groups' advantages were not used
+        metrics = [{key: group[key] for key in ("reward", "dead")} for group in metrics]
+    return samples, metrics, generated
 
 
 # ---- Update: the loss, its gradient over micro-batches and ranks ---------------------------------
-def cut(samples, models, args):
-    """The samples in micro-batches of packed rows; of padded ones where one of the models takes no tree masks."""
-    return micro_batches(samples, args.micro_tokens, 0 if args.no_pack else min(evaluate.row_tokens(model) for model in models if model))
+def batches(samples, models, args, micro_tokens):
+    """The samples in micro-batches of packed rows, or of a row a sample with --no_pack."""
+    longest = min(evaluate.row_tokens(model) for model in models if model)
+    return micro_batches(samples, micro_tokens, 0 if args.no_pack else longest)
 
 
-def surrogate(logps, old, advantages, sample, args):
-    """What to maximise, a number a token. At ratio 1 each variant has the gradient of A log pi, the policy gradient of Sec. 3.4.
-    All are (n,): `old` are the log-probs under the policy that sampled, `sample` says which sample a token belongs to."""
-    if args.behaviour == "teacher":  # Sec. 3.1: w = pi(c | p) / pi_T(c | p) of a whole completion. As dw = w d log pi, w is a constant here
-        weight = log_weights(logps, old, sample).clamp(max=math.log(args.weight_clip)).exp()
+def surrogate(logps, old_logps, advantages, sample, args):
+    """What to maximise, a number a token (n,). At ratio 1 each variant has the gradient of
+    A log pi, the policy gradient of Sec. 3.4.
+
+    old_logps   (n,) under the policy that sampled
+    sample      (n,) which sample a token belongs to
+    """
+    if args.behaviour == "teacher":  # Sec. 3.1; as dw = w d log pi, w is a constant here
+        weight = log_weights(logps, old_logps, sample).clamp(max=math.log(MAX_WEIGHT)).exp()
         return weight[sample] * advantages * logps
     if args.epochs > 1:  # PPO's clipped ratio, a token at a time, as GRPO has it
-        ratio = (logps - old).exp()
-        return torch.minimum(ratio * advantages, ratio.clamp(1 - args.clip, 1 + args.clip) * advantages)
+        ratio = (logps - old_logps).exp()
+        clipped = ratio.clamp(1 - CLIP, 1 + CLIP)
+        return torch.minimum(ratio * advantages, clipped * advantages)
     return advantages * logps
 
 
-def log_weights(logps, old, sample):
+def log_weights(logps, old_logps, sample):
     """log pi(c | p) - log pi_behaviour(c | p) of every sample (N,), without gradient."""
-    return torch.zeros(int(sample.max()) + 1, device=logps.device).index_add(0, sample, logps.detach() - old)
+    zeros = torch.zeros(int(sample.max()) + 1, device=logps.device)
+    return zeros.index_add(0, sample, logps.detach() - old_logps)
 
 
-def accumulate(models, samples, scale, args, warm_up=False):
-    """Add the gradient of this rank's share of the loss:
+def policy_loss(models, batch, scale, args, stats):
+    """The student's part of the loss of a micro-batch; what it finds is added to `stats`."""
+    student = models.student
+    predictions = evaluate.predict(student, *batch, args.temperature)
+    logps = evaluate.log_probs(predictions)
+    advantages = np.concatenate([s.advantages for s in batch.samples])
+    advantages = torch.tensor(advantages, dtype=torch.float32, device=logps.device)
+    old_logps = logps.detach()
+    if batch.samples[0].sampler_logps:  # worked solutions were not sampled
+        sampled = np.concatenate([s.sampler_logps for s in batch.samples])
+        old_logps = torch.tensor(sampled, dtype=torch.float32, device=logps.device)
+        if args.behaviour == "teacher":
+            stats["log_weight"] += log_weights(logps, old_logps, predictions.sample).tolist()
+        else:
+            stats["gap"] += (logps.detach() - old_logps).abs().tolist()
+    gain = surrogate(logps, old_logps, advantages, predictions.sample, args)
+    loss = -scale.sample * gain.sum()
+    references = [(args.distill_coef, models.teacher, args.kl),
+                  (args.kl_coef, student, "student_teacher")]
+    for coef, reference, direction in references:
+        if coef:
+            plain = student.disable_adapter() if reference is student else nullcontext()
+            with torch.no_grad(), plain:
+                other = evaluate.predict(reference, *batch, args.temperature).logits
+            kl = evaluate.divergence(predictions.logits, other, direction)
+            loss = loss + coef * scale.token * kl.sum()
+            stats["kl"] += kl.tolist()
+    return loss
 
-        - sum_k A_k sum_t log pi(c_kt | p_k, c_k<t) scale.sample                              (Sec. 3.4)
-        + (distill_coef KL(student, teacher) + kl_coef KL(student || no adapter)) scale.token  (App. B), a mean over completion tokens
-        + (V_phi(s) - target)^2 scale.state                                                   (App. B), a mean over reasoning steps
+
+def accumulate(models, samples, scale, args, micro_tokens, warm_up=False):
+    """Add the gradient of the samples' part of the loss:
+
+        - sum_k sum_t A_kt log pi(c_kt | p_k, c_k<t) scale.sample                      (Sec. 3.4)
+        + (distill_coef KL(student, teacher) + kl_coef KL(student || no adapter)) scale.token (App. B)
+        + (V_phi(s) - target)^2 scale.step                                             (App. B)
 
     warm_up   train the critic alone
-    Returns lists of figures: a loss a micro-batch; gap |log pi(sampler) - log pi(trainer)| and kl a token; log_weight a sample; the
-    members of micro-batches whose loss is not finite. Where only advantages count, a sample of advantage 0 adds nothing: no pass is spent on it.
+    Returns lists of numbers: a loss a micro-batch; gap |log pi(sampler) - log pi(trainer)| and kl
+    a token; log_weight a sample. Where only advantages count, a sample without any costs no pass.
     """
-    student, teacher, critic = models
-    stats = dict(loss=[], gap=[], kl=[], log_weight=[], critic_loss=[], bad=[])
-    if not (args.distill_coef or args.kl_coef or critic):
-        samples = [s for s in samples if np.any(s.advantage)]
-    for members, rows in cut(samples, models, args):
-        loss = torch.zeros((), device=student.device)
+    stats = dict(loss=[], gap=[], kl=[], log_weight=[], critic_loss=[])
+    if not (args.distill_coef or args.kl_coef or models.critic or args.behaviour == "teacher"):
+        samples = [s for s in samples if s.advantages.any()]
+    for batch in batches(samples, models, args, micro_tokens):
+        loss = torch.zeros((), device=models.student.device)
         if not warm_up:
-            logits, target, sample = evaluate.completion_logits(student, members, rows, args.temperature)
-            logps = evaluate.log_probs(logits, target)
-            old = torch.tensor([x for s in members for x in s.sampler_logps or [0.0] * len(s.completion_ids)], device=logps.device)
-            advantages = np.concatenate([np.broadcast_to(s.advantage, len(s.completion_ids)) for s in members])
-            advantages = torch.tensor(advantages, dtype=torch.float32, device=logps.device)
-            loss = loss - scale.sample * surrogate(logps, old, advantages, sample, args).sum()
-            if args.behaviour == "teacher":
-                stats["log_weight"] += log_weights(logps, old, sample).tolist()
-            elif members[0].sampler_logps:
-                stats["gap"] += (logps.detach() - old).abs().tolist()
-            for coef, other, direction in ((args.distill_coef, teacher, args.kl), (args.kl_coef, student, "student_teacher")):
-                if coef:
-                    with torch.no_grad(), student.disable_adapter() if other is student else nullcontext():
-                        theirs, _, _ = evaluate.completion_logits(other, members, rows, args.temperature)
-                    kl = evaluate.divergence(logits, theirs, direction)
-                    loss = loss + coef * scale.token * kl.sum()
-                    stats["kl"] += kl.tolist()
-        if critic:
-            targets = torch.tensor(np.concatenate([s.targets for s in members]), dtype=torch.float32, device=student.device)
-            critic_loss = scale.state * (evaluate.step_values(critic, members, rows) - targets).square().sum()
+            loss = loss + policy_loss(models, batch, scale, args, stats)
+        if models.critic:
+            targets = np.concatenate([s.targets for s in batch.samples])
+            targets = torch.tensor(targets, dtype=torch.float32, device=loss.device)
+            error = evaluate.step_values(models.critic, *batch) - targets
+            critic_loss = scale.step * error.square().sum()
             stats["critic_loss"].append(critic_loss.item())
             loss = loss + critic_loss
         loss.backward()
         stats["loss"].append(loss.item())
-        if not math.isfinite(stats["loss"][-1]):
-            stats["bad"] += members
     return stats
 
 
-def update(models, optimizer, samples, scale, lr_share, args, rank=0, warm_up=False):
-    """`--epochs` steps of AdamW, at `lr_share` of the peak rates, on the loss of the whole batch. Returns this rank's figures of the first,
-    and the gradient's norm."""
-    def gradient():
-        optimizer.zero_grad()
-        return accumulate(models, samples, scale, args, warm_up)
-    figures = []
+def update(run, samples, args):
+    """`--epochs` steps of AdamW on the loss of the whole batch, this rank's samples being its part.
+
+    A step whose gradient is not finite, on whichever rank, is skipped by all.
+    Returns accumulate's numbers of the first epoch, and what is to be logged of the whole update.
+    """
+    tokens = sum(len(s.completion_ids) for s in samples)
+    steps = sum(len(s.steps or ()) for s in samples)
+    per_sample = tokens if args.objective == "sft" else args.batch_size  # cross entropy: a token mean
+    scale = Scale(1 / per_sample, 1 / tokens, 1 / max(steps, 1))
+    mine = run.share(samples)
+    warm_up = bool(args.critic) and run.step < args.critic_warmup
+    dropout_seed = rng(args.seed, run.step, run.rank, 0, 2).integers(2 ** 63)
+    torch.manual_seed(int(dropout_seed))
+
+    def gradient(micro_tokens):
+        run.optimizer.zero_grad()
+        return accumulate(run.models, mine, scale, args, micro_tokens, warm_up)
+
+    first = None
+    row = dict(skipped=0, lr=args.lr * run.lr_share(args))
     for _ in range(args.epochs):
-        models.student.train()
-        stats = with_less_memory(gradient, samples, args, rank)
-        models.student.eval()
-        groups = [group["params"] for group in optimizer.param_groups]
-        all_reduce_gradients([p for params in groups for p in params], poison=bool(stats["bad"]))
-        norms = [torch.nn.utils.clip_grad_norm_(params, 1.0).item() for params in groups]  # the student's, the critic's
+        lora_dropout(run.models.student, True)
+        stats, args.micro_tokens = evaluate.with_less_memory(gradient, args.micro_tokens)
+        lora_dropout(run.models.student, False)
+        groups = run.optimizer.param_groups  # the student's, the critic's
+        all_reduce_gradients([p for group in groups for p in group["params"]])
+        norms = [torch.nn.utils.clip_grad_norm_(g["params"], 1.0).item() for g in groups]
         if all(map(math.isfinite, norms)):
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * lr_share
-            for p in groups[0] if warm_up else ():  # the student waits, and so do its moments
-                p.grad = None
-            optimizer.step()
-        else:  # the same on every rank
-            concerned = stats["bad"] if any(gather(bool(stats["bad"]))) else samples  # of the latter each loss is finite, some gradient not
-            with open(os.path.join(args.out, f"nonfinite-{rank}.jsonl"), "a", encoding="utf-8") as out:
-                out.writelines(json.dumps(vars(s), default=lambda x: x.tolist()) + "\n" for s in concerned)
-            sentence = f"the loss or the gradient is not finite; the samples concerned are in {args.out}/nonfinite-RANK.jsonl."
-            if args.nonfinite == "abort":
-                raise InputError(f"{sentence} Expected finite numbers: lower --lr, or look at the samples. --nonfinite skip would go on.")
-            print(f"rank {rank}: {sentence} This update is skipped", flush=True)
-        optimizer.zero_grad()
-        figures.append((stats, norms[0]))
-    return figures[0]
+            for group in groups:
+                group["lr"] = group["peak_lr"] * run.lr_share(args)
+            if warm_up:  # the student waits, and so do its moments
+                for p in groups[0]["params"]:
+                    p.grad = None
+            run.optimizer.step()
+        else:
+            row["skipped"] += 1
+        if first is None:
+            first = stats
+            row["grad_norm"] = norms[0]
+    run.optimizer.zero_grad()
+    return first, row
 
 
-def with_less_memory(work, samples, args, rank):
-    """work(); where memory runs out, work() again with half as many tokens a forward pass. The objective does not know."""
-    while True:
-        try:
-            return work()
-        except RuntimeError as error:
-            if not evaluate.out_of_memory(error) or args.micro_tokens == 1:
-                raise
-        args.micro_tokens = max(1, min(args.micro_tokens, sum(len(s.prefix_ids) + len(s.completion_ids) for s in samples)) // 2)
-        print(f"rank {rank}: out of memory; going on with --micro_tokens {args.micro_tokens}, the same objective", flush=True)
+def lora_dropout(model, active):
+    """Dropout acts in LoRA's layers alone: the base's own would make it another policy."""
+    for name, module in model.named_modules():
+        if "lora_dropout" in name:
+            module.train(active)
 
 
-def all_reduce_gradients(params, poison=False):
-    """Sum the gradients over ranks with one flat all_reduce; a rank without work contributes zeros, one whose loss was not finite nan."""
+def all_reduce_gradients(params):
+    """Sum the gradients over ranks with one flat all_reduce; a rank without work adds zeros."""
     for p in params:
         if p.grad is None:
             p.grad = torch.zeros_like(p)
-    if poison:
-        params[0].grad.fill_(math.nan)
     if dist.is_initialized():
         flat = torch.cat([p.grad.flatten() for p in params])
         dist.all_reduce(flat)
@@ -450,317 +559,424 @@ def train(args):
     """The run: set up, then evaluate now and then, roll out, update, report, save."""
     # 1. set up
     rank, world, device = evaluate.distributed()
-    if rank == 0:
-        check_folder(args)
+    held = open_folder(args) if rank == 0 else None  # the folder's lock
     run, data, problems = set_up(args, rank, world, device)
-    logs = open_run(args, run.step) if rank == 0 else []
-    if rank == 0:
-        trainable = sum(p.numel() for p in run.models.student.parameters() if p.requires_grad)
-        print(f"{trainable:,} trainable of {sum(p.numel() for p in run.models.student.parameters()):,} weights on {world} x {device.type}, "
-              f"{len(data)} problems, {args.group} groups -> {args.out}")
-    signals, seen, begun, first = stop_on_signals(), False, time.time(), run.share(args)
+    log = Log(run, data, args)
+    signals = stop_on_signals()
     while True:
-        # 2. evaluate: before, after, and now and then; no more once told to stop, which may happen in the middle of it
-        stop, done = any(gather(bool(signals))), run.share(args) >= 1
-        if problems and not stop and (done or run.step % args.eval_every == 0):
-            score(run, problems, args)
-            stop = any(gather(bool(signals)))
-        if stop or done:
+        # 2. evaluate: before, after, and now and then
+        if problems and (run.done(args) >= 1 or run.step % args.eval_every == 0):
+            log.evaluation(problems)
+        stop = any(gather(bool(signals)))
+        if stop or run.done(args) >= 1:
             break
-        # 3. roll out
-        clock = [time.time()]
-        samples, figures, generated, scale = make_batch(run, data, args)
-        clock.append(time.time())
-        # 4. update; the first one must show in a completion that is drawn again
-        watched = samples[0] if samples and figures and not seen and args.behaviour == "student" else None
-        before = watched and draw_again(run, watched, args)
-        torch.manual_seed(int(np.random.default_rng((args.seed, run.step, rank, 0, 2)).integers(2 ** 63)))  # of dropout
-        warm_up, lr_share = args.critic and run.step < args.critic_warmup, run.lr_share(args)
-        stats, grad_norm = update(run.models, run.optimizer, samples, scale, lr_share, args, rank, warm_up)
-        if watched and 0 < grad_norm < math.inf:
-            seen = True
-            if before == draw_again(run, watched, args):
-                print(f"step {run.step + 1} changed no log-prob of a completion drawn again: the update does not reach the sampler, "
-                      f"or --lr {args.lr} is too small")
-        clock.append(time.time())
+        # 3. roll out, and credit what was sampled
+        begun = time.monotonic()
+        samples, metrics, generated = make_batch(run, data, args)
+        sampled = time.monotonic()
+        # 4. update
+        stats, row = update(run, samples, args)
         # 5. report
-        parts = gather((samples, figures, generated, stats))
-        row = report(run, parts, clock, args) | dict(lr=args.lr * lr_share, grad_norm=grad_norm)
-        samples = sorted((s for part in parts for s in part[0]), key=lambda s: s.group)  # of all ranks
-        remember(samples, run.history, args)
-        run.step, run.tokens = run.step + 1, row["tokens"]
-        if rank == 0:
-            left = (time.time() - begun) * max(0, 1 - run.share(args)) / (run.share(args) - first)
-            print(progress_line(row, run.share(args), left, args), flush=True)
-            write_logs(logs, row, samples, run.tokenizer, args)
-            warn(row, samples, data, run.tokenizer, args)
-            # 6. save
-            if run.share(args) >= 1 or args.save_every and run.step % args.save_every == 0:
-                save(run, args)
-    for log in logs:
-        log.close()
-    if rank == 0 and stop:
+        row |= dict(seconds_rollout=sampled - begun, seconds_update=time.monotonic() - sampled)
+        run.step += 1
+        run.tokens += generated
+        row |= report(run, samples, metrics, gather(stats), args)
+        log.step(row, samples)
+        # 6. save
+        if rank == 0 and args.save_every and run.step % args.save_every == 0:
+            save(run, args)
+    if rank == 0:
         save(run, args)
-        print(f"stopped after step {run.step}, which is saved; the same command with --resume goes on", flush=True)
-    elif rank == 0:
-        finish(args, run.step, (time.time() - begun) / 60)
+        log.end(stop)
     if world > 1:
         dist.destroy_process_group()
     if stop:
         sys.exit(128 + (signals or [signal.SIGTERM])[0])
+    return held
 
 
 # ---- Set up. From here on it is housekeeping: data, models, checkpoints, logs. -------------------
-def load_models(args, device):
-    """(Models, the student's tokenizer). The student is what learns: an adapter on it, or with --lora_rank 0 all of its weights."""
-    for other in filter(None, (args.teacher, args.critic)):
-        evaluate.check_vocabulary(other, args.model, args.trust_remote_code)
-    torch.manual_seed(args.seed)  # the fresh adapter's A, the critic's head
-    load = partial(evaluate.load, device=device, trust_remote_code=args.trust_remote_code)
-    student, tokenizer = load(args.model, args.adapter, trainable=True)
-    if args.lora_rank == 0:
-        student = student.float().requires_grad_(True)
-    elif not args.adapter:
-        student = get_peft_model(student, LoraConfig(r=args.lora_rank, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout,
-                                                     target_modules="all-linear", task_type="CAUSAL_LM"))
-    teacher = load(args.teacher, args.teacher_adapter)[0].requires_grad_(False) if args.teacher else None
-    return Models(student, teacher, evaluate.load_critic(args.critic, device, args.trust_remote_code) if args.critic else None), tokenizer
-
-
 def set_up(args, rank, world, device):
-    """(Run, training data, held-out problems), from scratch or where the checkpoint stands. Files before models: their errors are cheap."""
+    """(Run, training data, held-out problems), from scratch or where the checkpoint stands. Files
+    come before models: their errors are cheap."""
     checkpoint = find_checkpoint(args) if args.resume else None
-    problems = read_problems(args.eval_data, args.eval_limit, args.skip_bad) if args.eval_every else []
-    data = (read_solutions if args.objective == "sft" else read_trees)(args.trees, args.skip_bad)
-    models, tokenizer = load_models(args, device)
-    if args.objective == "sft":
-        data, history = [evaluate.encode_solution(tokenizer, *solution) for solution in data], []
-    else:
-        data, dropped = tokenize(data, partial(evaluate.encode, tokenizer), args.max_prompt)
-        if not data:
-            raise InputError(f"no prefix of {args.trees} has at most {args.max_prompt} tokens; raise --max_prompt.")
-        if dropped:
-            print(f"dropped {dropped} prefixes of more than {args.max_prompt} tokens; {sum(len(tree.steps) for tree in data)} are left")
-        history = [np.full(len(tree.parent), np.nan) for tree in data]
-    problems = problems and evaluate.fitting(models.student, tokenizer, problems, args.skip_bad)
-    names = {name: p for name, p in models.student.named_parameters() if p.requires_grad}
-    groups = [dict(params=list(names.values()), peak_lr=args.lr)]
+    problems = read_problems(args.eval_data) if args.eval_every else []
+    read = read_solutions if args.objective == "sft" else read_trees
+    data = read(args.trees)
+    for other in filter(None, (args.teacher, args.critic)):
+        evaluate.check_vocabulary(other, args.model)
+    models, tokenizer, base_weights = load_models(args, device)
+    encode = evaluate.encoder(tokenizer, args)
+    if problems:
+        prompts = [encode(problem["question"])[0] for problem in problems]
+        evaluate.check_prompts(models.student, problems, prompts, 2 * args.max_new_tokens)
+    data = encode_data(data, encode, tokenizer, models.student, args)
+    trainable = {name: p for name, p in models.student.named_parameters() if p.requires_grad}
+    groups = [dict(params=list(trainable.values()), peak_lr=args.lr)]
     if models.critic:
-        groups.append(dict(params=list(models.critic.parameters()), peak_lr=args.critic_lr))
-        names |= {f"critic.{name}": p for name, p in models.critic.named_parameters()}
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95 if args.objective == "sft" else 0.999), weight_decay=0.0)
-    run = Run(models, tokenizer, optimizer, names, history, rank, world)
+        groups.append(dict(params=list(models.critic.parameters()), peak_lr=CRITIC_LR))
+        trainable |= {f"critic.{name}": p for name, p in models.critic.named_parameters()}
+    betas = (0.9, 0.95 if args.objective == "sft" else 0.999)
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=betas, weight_decay=0.0)
+    with open(args.trees, "rb") as file:
+        contents = {"base weights": base_weights, "trees": f"{crc32(file.read()):08x}"}
+    run = Run(models, tokenizer, optimizer, trainable, contents, rank, world)
     if checkpoint:
         restore(run, checkpoint, args)
     return run, data, problems
 
 
-def score(run, problems, args):
-    """Greedy completions of the held-out problems, shared among the ranks, into eval-STEP.jsonl; prints the accuracy.
-    Once a step, however often the run is resumed there."""
-    path = os.path.join(args.out, f"eval-{run.step}.jsonl")
-    if gather(os.path.exists(path))[0]:
-        return
-    parts = gather(evaluate.score(run.models.student, run.tokenizer, problems[run.rank::run.world], args.eval_new_tokens))
-    if run.rank == 0:
-        rows = [row for part in parts for row in part]
-        write_jsonl(rows, path)
-        accuracy, (low, high) = evaluate.summarise(rows)["greedy"]
-        print(f"step {run.step}: greedy accuracy {100 * accuracy:.1f} % on {len(rows)} held-out problems, 95 % [{100 * low:.1f}, {100 * high:.1f}]",
-              flush=True)
+def load_models(args, device):
+    """(Models, the student's tokenizer, the checksum of its base). The student is what learns: an
+    adapter on it, or with --lora_rank 0 all of its weights."""
+    torch.manual_seed(args.seed)  # the fresh adapter's A, the critic's head
+    student, tokenizer = evaluate.load(args.model, args.adapter, device, trainable=True)
+    base_weights = evaluate.base_checksum(student)
+    if args.lora_rank == 0:
+        student = student.float().requires_grad_(True)
+    elif not args.adapter:
+        student = get_peft_model(student, LoraConfig(
+            r=args.lora_rank, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout,
+            target_modules="all-linear", task_type="CAUSAL_LM"))
+    teacher = None
+    if args.teacher:
+        teacher, _ = evaluate.load(args.teacher, args.teacher_adapter, device)
+        teacher.requires_grad_(False)
+    critic = evaluate.load_critic(args.critic, device) if args.critic else None
+    return Models(student, teacher, critic), tokenizer, base_weights
 
 
-def finish(args, step, minutes):
-    """Say what came out: before against after on the same problems."""
-    print(f"{step} steps done, {minutes:.1f} minutes since the start or the resume; the model is in {args.out}")
-    paths = [os.path.join(args.out, f"eval-{k}.jsonl") for k in (0, step)]
-    if all(map(os.path.exists, paths)):  # a resumed run may have been told to evaluate only then, or on other problems
-        before, after = map(evaluate.read_scores, paths)
-        if before.keys() & after.keys():
-            print(f"greedy accuracy before and after: {evaluate.compare(list(before.values()), list(after.values()))}")
+def encode_data(data, encode, tokenizer, student, args):
+    """Trees or solutions with their ids; what is longer than --max_prompt is dropped, and said."""
+    if args.objective == "sft":
+        encoded = [evaluate.encode_solution(tokenizer, *solution, encode) for solution in data]
+        kept = [(prompt, ids) for prompt, ids in encoded if len(prompt) <= args.max_prompt]
+        dropped = len(encoded) - len(kept)
+        longest = max((len(prompt) + len(ids) for prompt, ids in kept), default=0)
+    else:
+        kept, dropped = tokenize(data, encode, args.max_prompt)
+        longest = max((len(tree.prefix_ids(node)) for tree in kept
+                       for node in range(len(tree.parent))), default=0)
+    if not kept:
+        raise InputError(f"no prompt of {args.trees} has at most {args.max_prompt} tokens. Expected "
+                         "shorter ones, or a larger --max_prompt.")
+    if dropped:
+        print(f"dropped {dropped} prompts of more than {args.max_prompt} tokens")
+    evaluate.check_length(student, longest, 0 if args.objective == "sft" else args.max_new_tokens)
+    return kept
 
 
-def draw_again(run, sample, args):
-    """A completion sampled once more, alone. One that an update leaves as it was, to the last bit, comes from a sampler that has not seen it.
-    (Beside others in a batch, as it was drawn first, the last bits are others anyway.)"""
-    return evaluate.generate(run.models.student, run.tokenizer, [sample.prefix_ids], args.max_new_tokens, args.temperature, [sample.seed],
-                             return_logps=True)
+def open_folder(args):
+    """Make the run folder and lock it. InputError where another run is at work in it, or where it
+    holds something and --resume is not given: nothing is ever overwritten."""
+    if os.path.lexists(args.out) and not os.path.isdir(args.out):
+        raise InputError(f"--out {args.out} is no folder. Expected the name of one to make.")
+    os.makedirs(args.out, exist_ok=True)
+    held = lock(os.path.join(args.out, "log.jsonl"))
+    if not args.resume and set(os.listdir(args.out)) - {"log.jsonl.lock"}:
+        raise InputError(f"the folder {args.out} is not empty. Expected --resume to go on with the "
+                         "run in it, another --out, or an empty folder.")
+    return held
 
 
-# ---- Checkpoints: one safetensors file of weights, Adam's moments and the step, written aside and renamed ----
+def stop_on_signals():
+    """A list that SIGTERM and Ctrl-C write to, for a loop that finishes its step before it ends. A
+    second one ends it at once."""
+    received = []
+
+    def note(number, frame):
+        received.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, note)
+    return received
+
+
+# ---- Checkpoints: one safetensors file of weights, Adam's moments and the step -------------------
+def checkpoint_path(args):
+    """In a folder of its own, where no loader takes its tensors for the model's."""
+    return os.path.join(args.out, "checkpoint", "checkpoint.safetensors")
+
+
 def save(run, args):
-    """Write the model (or its PEFT adapter) at the top of the run folder, and the checkpoint, keeping the previous one. The checkpoint comes
-    last: a run killed in between does the step again, and writes both."""
-    state = {"history": torch.from_numpy(np.concatenate([*run.history, [0.0]]))}
-    for name, p in run.names.items():
-        state |= {f"{key}/{name}": value for key, value in [("weight", p.detach()), *run.optimizer.state.get(p, {}).items()]}
-    path, aside = (os.path.join(args.out, name) for name in ("checkpoint.safetensors", "model.tmp"))
-    metadata = {"step": str(run.step), "tokens": str(run.tokens), "args": json.dumps(vars(args))}
+    """Write the model (or its PEFT adapter) at the top of the run folder, then the checkpoint. Both
+    are written aside and renamed. InputError, and nothing lost, where weights are not finite."""
+    state = {}
+    for name, p in run.trainable.items():
+        if not p.isfinite().all():
+            raise InputError(f"the weights have diverged at step {run.step} ({name}). Expected finite "
+                             "numbers: lower --lr. What was saved before is intact.")
+        state[f"weight/{name}"] = p.detach()
+        for key, value in run.optimizer.state.get(p, {}).items():
+            state[f"{key}/{name}"] = value
+    state = {key: value.contiguous().cpu() for key, value in state.items()}
+    metadata = dict(step=str(run.step), tokens=str(run.tokens), crc32=evaluate.checksum(state),
+                    args=json.dumps(vars(args)), contents=json.dumps(run.contents))
+    path = checkpoint_path(args)
     try:
-        save_file({key: value.contiguous().cpu() for key, value in state.items()}, path + ".tmp", metadata)
-        run.models.student.save_pretrained(aside)
-        run.tokenizer.save_pretrained(aside)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=args.out) as aside:
+            run.models.student.save_pretrained(aside)
+            run.tokenizer.save_pretrained(aside)
+            write_card(run, args, aside)
+            for name in os.listdir(aside):
+                target = os.path.join(args.out, name)
+                if os.path.isdir(target):  # such as additional chat templates
+                    shutil.rmtree(target)
+                os.replace(os.path.join(aside, name), target)
+            save_file(state, os.path.join(aside, "checkpoint"), metadata)
+            with open(os.path.join(aside, "checkpoint"), "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(os.path.join(aside, "checkpoint"), path)
     except (SafetensorError, OSError) as error:
-        raise InputError(f"the checkpoint of step {run.step} cannot be written to {args.out}: {error}. What was saved before is intact; "
-                         "make room and --resume.") from None
-    for name in os.listdir(aside):
-        os.replace(os.path.join(aside, name), os.path.join(args.out, name))
-    os.rmdir(aside)
-    if os.path.exists(path):
-        os.replace(path, os.path.join(args.out, "checkpoint.previous.safetensors"))
-    os.replace(path + ".tmp", path)
+        raise InputError(f"step {run.step} cannot be saved in {args.out}: {error}. Expected room for "
+                         "it; make some and --resume, for the checkpoint before is intact.") from None
+
+
+def write_card(run, args, folder):
+    """README.md of the saved model; beside an adapter the checksum of the base it is for."""
+    lines = ["---", f"base_model: {args.model}", "---", "# A model trained by Tree-OPO", "",
+             f"* Base: {args.model}, adapter it started from: {args.adapter or 'none'}",
+             f"* Trained on {args.trees}: {run.step} steps, {run.tokens} tokens"]
+    for step in (0, run.step):
+        path = eval_path(args, step)
+        if os.path.exists(path):
+            share, low, high = evaluate.summarise(evaluate.read_scores(path))["greedy"]
+            lines.append(f"* Greedy accuracy on {args.eval_data} after {step} steps: "
+                         f"{100 * share:.1f} %, 95 % [{100 * low:.1f}, {100 * high:.1f}]")
+    command = shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]])
+    with open(os.path.join(folder, "README.md"), "w", encoding="utf-8") as file:
+        file.write("\n".join([*lines, f"* Command: `{command}`", ""]))
+    if args.lora_rank > 0:
+        with open(os.path.join(folder, evaluate.BASE_WEIGHTS), "w", encoding="utf-8") as file:
+            json.dump({"crc32": run.contents["base weights"]}, file)
 
 
 def find_checkpoint(args):
-    """The run folder's last whole checkpoint, opened. Raises InputError where there is none, or one of other settings."""
-    names = "checkpoint.safetensors", "checkpoint.previous.safetensors"  # a kill between two renames leaves the latter alone
-    paths = [path for path in (os.path.join(args.out, name) for name in names) if os.path.exists(path)]
-    for path in paths:
-        try:
-            state = safe_open(path, "pt")
-            saved = json.loads(state.metadata()["args"])
-            break
-        except (SafetensorError, OSError, TypeError, KeyError) as error:
-            print(f"{path} is torn, or no checkpoint of train.py ({error}): it is passed over", flush=True)
-    else:
-        raise InputError(f"no checkpoint in {args.out} can be read. Without --resume a run starts anew." if paths else
-                         f"there is no checkpoint in {args.out}. Expected one that --save_every wrote; without --resume a run starts anew.")
-    if path != paths[0]:  # lest the next save keeps the torn one as the previous one
-        with suppress(FileNotFoundError):  # another rank has done it
-            os.replace(paths[0], paths[0] + ".torn")
-    differ = [f"--{key} was {saved.get(key)} and is {value}" for key, value in vars(args).items()
-              if key not in MAY_DIFFER and saved.get(key) != value]
-    if differ and not args.force:
-        raise InputError(f"the checkpoint in {args.out} is of other settings: {', '.join(differ)}. Expected the same; --force goes on all the same.")
-    return state
-
-
-def restore(run, state, args):
-    """Set a run to where a checkpoint stands."""
-    shapes = {key[7:]: state.get_slice(key).get_shape() for key in state.keys() if key.startswith("weight/")}
-    if shapes != {name: list(p.shape) for name, p in run.names.items()}:
-        raise InputError(f"the checkpoint in {args.out} has other weights than this student, or this critic, trains. "
-                         "Expected the same model, --lora_rank and --critic.")
-    for name, p in run.names.items():
-        with torch.no_grad():
-            p.copy_(state.get_tensor(f"weight/{name}"))
-        if f"step/{name}" in state.keys():  # else no update has been done yet
-            moments = {key: state.get_tensor(f"{key}/{name}") for key in ("exp_avg", "exp_avg_sq", "step")}
-            run.optimizer.state[p] = {key: value.to("cpu" if key == "step" else p.device) for key, value in moments.items()}
-    kept = state.get_tensor("history").numpy()
-    if len(kept) == sum(map(len, run.history)) + 1:  # else --force goes on with other trees
-        run.history = np.split(kept[:-1], np.cumsum([len(h) for h in run.history])[:-1]) if run.history else []
-    run.step, run.tokens = int(state.metadata()["step"]), int(state.metadata()["tokens"])
-
-
-def check_folder(args):
-    """InputError where the run folder cannot be made or written, or holds what is no run: that would be moved aside."""
-    if os.path.lexists(args.out) and not os.path.isdir(args.out):
-        raise InputError(f"--out {args.out} is no folder. Expected the name of one to make.")
-    if not os.path.exists(args.out):
-        os.makedirs(args.out)
-        os.rmdir(args.out)  # made for good when the models are there
-    elif not os.access(args.out, os.W_OK | os.X_OK):
-        raise InputError(f"the folder --out {args.out} cannot be written to. Expected another.")
-    elif not args.resume and os.listdir(args.out) and not os.path.exists(os.path.join(args.out, "log.jsonl")):
-        raise InputError(f"the folder --out {args.out} holds something else than a run. "
-                         "Expected an earlier run, which is moved aside, an empty folder, or none.")
-    log = os.path.join(args.out, "log.jsonl")
-    if os.path.exists(log):
-        with open(log, "a", encoding="utf-8") as file:
-            claim(file, args)
-
-
-def claim(log, args):
-    """Lock a run's log for as long as it is open. InputError where another run holds it: two in one folder would spoil each other's work."""
+    """The run folder's checkpoint, opened, or None where there is none yet. InputError where it is
+    damaged or of other settings."""
+    path = checkpoint_path(args)
+    if not os.path.exists(path):
+        print(f"there is no checkpoint in {args.out}: the run starts anew")
+        return None
     try:
-        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise InputError(f"another run is at work in {args.out}. Wait for its end, stop it, or choose another --out.") from None
-    except OSError:
-        pass  # a file system without locks
+        checkpoint = safe_open(path, "pt")
+        state = {key: checkpoint.get_tensor(key) for key in checkpoint.keys()}
+        whole = evaluate.checksum(state) == checkpoint.metadata()["crc32"]
+        saved = json.loads(checkpoint.metadata()["args"])
+    except (SafetensorError, OSError, KeyError, TypeError):
+        whole = False
+    if not whole:
+        raise InputError(f"{path} is damaged. Expected a checkpoint of train.py; without one the run "
+                         "must start anew, in another --out.")
+    for key, value in vars(args).items():
+        if key not in MAY_DIFFER and saved.get(key) != value:
+            raise InputError(f"the checkpoint in {args.out} is of --{key} {saved.get(key)}, and "
+                             f"--{key} is {value}. Expected the same settings, or another --out.")
+    return checkpoint
 
 
-def open_run(args, start):
-    """Make the run folder and open log.jsonl and rollouts.jsonl to append. An earlier run of the name is moved aside,
-    never overwritten; a resumed one loses the lines and the evaluations of the steps that it does again."""
-    if not args.resume and os.path.exists(args.out) and os.listdir(args.out):
-        aside = next(f"{args.out}.{k}" for k in range(1, 10 ** 6) if not os.path.exists(f"{args.out}.{k}"))
-        os.rename(args.out, aside)
-        print(f"moved the earlier run of this name to {aside}")
-    os.makedirs(args.out, exist_ok=True)
-    for name in os.listdir(args.out):
-        if (scored := re.fullmatch(r"eval-(\d+)\.jsonl", name)) and int(scored[1]) > start:
-            os.remove(os.path.join(args.out, name))
-    logs = [continue_jsonl(os.path.join(args.out, name), lambda row: row["step"] < start) for name in ("log.jsonl", "rollouts.jsonl")]
-    claim(logs[0], args)
-    return logs
+def restore(run, checkpoint, args):
+    """Set a run to where a checkpoint stands. InputError where it was made with other contents."""
+    metadata = checkpoint.metadata()
+    saved = json.loads(metadata["contents"])
+    for what, value in run.contents.items():
+        if saved[what] != value:
+            raise InputError(f"the {what} are not those that the checkpoint in {args.out} was made "
+                             "with. Expected the same, or another --out.")
+    for name, p in run.trainable.items():
+        with torch.no_grad():
+            p.copy_(checkpoint.get_tensor(f"weight/{name}"))
+        if f"step/{name}" in checkpoint.keys():  # else no update has been done yet
+            run.optimizer.state[p] = dict(
+                step=checkpoint.get_tensor(f"step/{name}"),
+                exp_avg=checkpoint.get_tensor(f"exp_avg/{name}").to(p.device),
+                exp_avg_sq=checkpoint.get_tensor(f"exp_avg_sq/{name}").to(p.device))
+    run.step = int(metadata["step"])
+    run.tokens = int(metadata["tokens"])
 
 
-# ---- What a step has to say ----------------------------------------------------------------------
-def mean(values, of=np.mean):
-    """Mean, or another figure, of what is a number; nan where nothing is."""
-    values = [v for v in values if v is not None and v == v]
-    return float(of(values)) if values else math.nan
+# ---- Logs: what a step has to say ----------------------------------------------------------------
+def mean(values):
+    """The mean of what is a number; nan where nothing is."""
+    values = [value for value in values if value is not None and not math.isnan(value)]
+    return float(np.mean(values)) if values else math.nan
 
 
-def report(run, parts, clock, args):
-    """The figures of one step over all ranks, as README defines them: one object of log.jsonl. `parts` are every rank's (samples,
-    figures of groups, generated tokens, stats of the update)."""
-    samples, figures = ([x for part in parts for x in part[k]] for k in (0, 1))
-    generated = sum(part[2] for part in parts)
-    stats = {name: [x for part in parts for x in part[3][name]] for name in parts[0][3]}
-    row = dict(step=run.step, loss=sum(stats["loss"]), length=mean([len(s.completion_ids) for s in samples]), tokens=run.tokens + generated)
-    if figures:
-        row |= {name: mean([f.get(name) for f in figures]) for name in
-                ("reward", "dead", "sat", "sat_pair", "sat_triplet", "sat_all", "dropped", "adv_var", "adv_var_scaled", "fallback")}
-        row |= dict(sat_sd=mean([f.get("sat") for f in figures], np.std), truncated=mean([s.truncated for s in samples]),
-                    entropy=-mean([x for s in samples for x in s.sampler_logps]), gap=mean(stats["gap"]), gap_max=mean(stats["gap"], max))
-    row |= {name: of(stats[name]) for name, of in (("kl", mean), ("critic_loss", sum)) if stats[name]}
+def report(run, samples, metrics, parts, args):
+    """The figures of one step over all ranks, as results/README.md defines them.
+
+    samples, metrics   of the whole batch
+    parts              every rank's numbers from `accumulate`
+    """
+    stats = {}
+    for name in parts[0]:
+        stats[name] = [number for part in parts for number in part[name]]
+    row = dict(step=run.step, tokens=run.tokens, loss=sum(stats["loss"]),
+               length=mean([len(s.completion_ids) for s in samples]),
+               peak_memory_mb=evaluate.peak_memory())
+    names = sorted({name for group in metrics for name in group})
+    for name in names:
+        row[name] = mean([group.get(name) for group in metrics])
+    if metrics:
+        satisfied = [group["sat"] for group in metrics if not math.isnan(group.get("sat", math.nan))]
+        row["sat_sd"] = float(np.std(satisfied)) if satisfied else math.nan
+        row["truncated"] = mean([s.truncated for s in samples])
+        row["gap"] = mean(stats["gap"])
+        row["gap_max"] = max(stats["gap"], default=math.nan)
+    if metrics and args.behaviour == "student":
+        row["entropy"] = -mean([logp for s in samples for logp in s.sampler_logps])
+    if stats["kl"]:
+        row["kl"] = mean(stats["kl"])
+    if stats["critic_loss"]:
+        row["critic_loss"] = sum(stats["critic_loss"])
     if stats["log_weight"]:
-        weights = np.exp(np.minimum(stats["log_weight"], math.log(args.weight_clip)))
-        row |= dict(ess=weights.sum() ** 2 / (weights ** 2).sum() / len(weights), clipped=float(np.mean(weights >= args.weight_clip * 0.999)))
-    return row | dict(tokens_per_s=generated / (clock[2] - clock[0]), seconds_rollout=clock[1] - clock[0],
-                      seconds_update=clock[2] - clock[1], peak_memory_mb=evaluate.peak_memory())
+        weights = np.exp(np.minimum(stats["log_weight"], math.log(MAX_WEIGHT)))
+        row["ess"] = weights.sum() ** 2 / (weights ** 2).sum() / len(weights)
+        row["clipped"] = float(np.mean(weights >= 0.999 * MAX_WEIGHT))
+    return row
 
 
-def write_logs(logs, row, samples, tokenizer, args):
-    """One line of log.jsonl, and every so many steps the samples to rollouts.jsonl."""
-    log, rollouts = logs
-    log.write(json.dumps({key: value if math.isfinite(value) else None for key, value in row.items()}) + "\n")
-    if args.rollouts_every and row["step"] % args.rollouts_every == 0:
-        for s in samples:
-            texts = dict(prefix=tokenizer.decode(s.prefix_ids), completion=tokenizer.decode(s.completion_ids))
-            figures = dict(reward=s.reward, value=s.value, advantage=float(np.mean(s.advantage)), truncated=s.truncated)
-            rollouts.write(json.dumps(dict(step=row["step"], group=s.group, node=s.node, **texts, **figures), ensure_ascii=False) + "\n")
+def eval_path(args, step):
+    """Where the scores after so many steps are kept."""
+    return os.path.join(args.out, f"eval-{step}.jsonl")
 
 
-def progress_line(row, done, seconds, args):
-    """One step as one line: what a person watches. `done` is the run's share, `seconds` what is left of it."""
-    of = "" if args.max_tokens else f"/{args.steps}"
-    formats = dict(reward=".2f", dead=".2f", entropy=".2f", truncated=".2f", gap=".2g", kl=".2g", critic_loss=".2g", ess=".2g")
-    parts = [f"step {row['step'] + 1}{of} {int(100 * min(done, 1)):3d} %", f"loss {row['loss']:+.3f}"]
-    parts += [f"{name} {row[name]:{form}}" for name, form in formats.items() if not math.isnan(row.get(name, math.nan))]
-    parts += [f"length {row['length']:.0f}", f"grad {row['grad_norm']:.2f}", f"{row['tokens_per_s']:.0f} tok/s",
-              f"ETA {int(seconds) // 60}:{int(seconds) % 60:02d}"]
-    dead = row.get("dead") == 1 and not row["grad_norm"]
-    return " | ".join(parts) + "  every group is dead: equal rewards, nothing to learn from" * dead
+COLUMNS = dict(loss="+.3f", reward=".2f", dead=".2f", entropy=".2f", truncated=".2f", gap=".0e",
+               kl=".2g", critic_loss=".2g", ess=".2f", length=".0f", grad_norm=".2f")
 
 
-def warn(row, samples, trees, tokenizer, args):
-    """Say what is probably wrong with a run: a sampler that is not the trainer, or rewards that never come."""
-    if row.get("gap", 0) > 1e-2:
-        print(f"sampler and trainer differ by {row['gap']:.2g} nat a token: the update is of another policy than the one that sampled. "
-              "Likely causes: --lora_dropout, bf16 weights, or a model whose attention depends on how rows are batched (try --no_pack).")
-    if row["step"] == 49 and "reward" in row:
-        with open(os.path.join(args.out, "log.jsonl"), encoding="utf-8") as lines:
-            if any(json.loads(line)["reward"] for line in lines):
-                return
-        print("no reward in the first 50 steps, which is nearly always the prompt or the grader. Three completions:")
-        for s in samples[:3]:
-            text = evaluate.decode(tokenizer, s.completion_ids)
-            found, expected = json.dumps(evaluate.extract_answer(text, strict=True)), json.dumps(trees[s.tree].answer)
-            print(f"  {json.dumps(text[-300:])}\n  extracted {found}, expected {expected}")
+class Log:
+    """log.jsonl and rollouts.jsonl of a run, and what it prints. Rank 0 alone writes."""
+
+    def __init__(self, run, data, args):
+        self.run = run
+        self.args = args
+        self.begun = time.monotonic()
+        self.done_before = run.done(args)
+        self.header_due = True
+        self.rewarded = False
+        if run.rank > 0:
+            return
+        # a resumed run does the steps after its checkpoint again: their lines go
+        self.log = continue_log(args, "log.jsonl", run.step)
+        self.rollouts = continue_log(args, "rollouts.jsonl", run.step)
+        for name in os.listdir(args.out):
+            scored = re.fullmatch(r"eval-(\d+)\.jsonl", name)
+            if scored and int(scored[1]) > run.step:
+                os.remove(os.path.join(args.out, name))
+        weights = list(run.models.student.parameters())
+        learning = sum(p.numel() for p in weights if p.requires_grad)
+        print(f"{learning:,} trainable of {sum(p.numel() for p in weights):,} weights on {run.world} "
+              f"x {weights[0].device.type}, {len(data)} problems of {args.trees} -> {args.out}")
+        preset = PRESETS[args.preset]
+        if args.eval_every:
+            print(f"evaluated on {args.eval_data}" + (
+                ", the preset's problems, though the trees are others" if args.trees != preset["trees"]
+                and args.eval_data == preset["eval_data"] else ""))
+
+    def write(self, row):
+        """Append a line to log.jsonl; a figure that is not finite is null."""
+        finite = {key: value if math.isfinite(value) else None for key, value in row.items()}
+        self.log.write(json.dumps(finite) + "\n")
+
+    def evaluation(self, problems):
+        """Score the student greedily on the held-out problems, shared among the ranks; once a step,
+        however often the run is resumed there."""
+        run = self.run
+        path = eval_path(self.args, run.step)
+        if not gather(os.path.exists(path))[0]:
+            rows = evaluate.score(run.models.student, run.tokenizer, run.share(problems),
+                                  2 * self.args.max_new_tokens,
+                                  encode_prefix=evaluate.encoder(run.tokenizer, self.args))
+            shares = gather(rows)
+            if run.rank == 0:
+                write_jsonl(path, [row for share in shares for row in share])
+        if run.rank == 0:
+            accuracy, low, high = evaluate.summarise(evaluate.read_scores(path))["greedy"]
+            self.write(dict(step=run.step, eval_accuracy=accuracy, eval_low=low, eval_high=high))
+            print(f"step {run.step}: greedy accuracy {100 * accuracy:.1f} % on {len(problems)} "
+                  f"held-out problems, 95 % [{100 * low:.1f}, {100 * high:.1f}]", flush=True)
+        if run.done(self.args) == self.done_before:
+            self.begun = time.monotonic()  # what is left is reckoned from the first step
+
+    def step(self, row, samples):
+        """Log one step, print its line, and say what is probably wrong with the run."""
+        run = self.run
+        if run.rank > 0:
+            return
+        seconds = row["seconds_rollout"] + row["seconds_update"]
+        row["tokens_per_s"] = sum(len(s.completion_ids) for s in samples) / seconds
+        self.write(row)
+        self.print_progress(row)
+        self.rewarded = self.rewarded or row.get("reward") != 0
+        if row["skipped"]:
+            print("the gradient is not finite: this update is skipped")
+        if row.get("dead") == 1 and row["grad_norm"] == 0:
+            print("every group is dead: equal rewards, nothing to learn from")
+        if row.get("gap", 0.0) > 1e-2:
+            print(f"sampler and trainer differ by {row['gap']:.2g} nat a token: the update is of "
+                  "another policy than the one that sampled (--lora_dropout, or bf16 weights)")
+        if run.step == 50 and not self.rewarded:
+            print("no reward in 50 steps, which is nearly always the prompt or the grader: see "
+                  f"{self.args.out}/rollouts.jsonl")
+        if run.step % ROLLOUTS_EVERY == 1:
+            for s in samples:
+                line = dict(step=run.step, group=s.group, node=s.node, reward=s.reward,
+                            advantage=float(np.mean(s.advantages)), truncated=s.truncated,
+                            prefix=run.tokenizer.decode(s.prefix_ids),
+                            completion=run.tokenizer.decode(s.completion_ids))
+                self.rollouts.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+    def print_progress(self, row):
+        """A step as a line of at most 120 columns, cut to the terminal; a header names them once."""
+        done = self.run.done(self.args)
+        elapsed = time.monotonic() - self.begun
+        left = int(elapsed * max(0, 1 - done) / (done - self.done_before))
+        cells = {"step": str(row["step"]), "done": f"{100 * min(done, 1):.0f}%"}
+        for name, form in COLUMNS.items():
+            if name in row:
+                cells[name] = format(row[name], form)
+        cells |= {"tok/s": f"{row['tokens_per_s']:.0f}", "ETA": f"{left // 60}:{left % 60:02d}"}
+        width = min(120, shutil.get_terminal_size((120, 24)).columns)
+        if self.header_due:
+            print(" ".join(f"{name:>{max(6, len(name))}}" for name in cells)[:width])
+            self.header_due = False
+        print(" ".join(f"{cell:>{max(6, len(name))}}" for name, cell in cells.items())[:width],
+              flush=True)
+
+    def end(self, stopped):
+        """Say what came out: the accuracy before against after, on the same problems."""
+        self.log.close()
+        self.rollouts.close()
+        step = self.run.step
+        if stopped:
+            print(f"stopped after step {step}, which is saved; the same command with --resume goes on")
+            return
+        minutes = (time.monotonic() - self.begun) / 60
+        print(f"{step} steps done, {minutes:.1f} minutes; the model is in {self.args.out}")
+        paths = [eval_path(self.args, 0), eval_path(self.args, step)]
+        if all(map(os.path.exists, paths)):
+            print("accuracy before and after:", evaluate.compare(*map(evaluate.read_scores, paths)))
+
+
+def continue_log(args, name, step):
+    """A log opened to append, without the lines of steps that are done again, and without what
+    cannot be read, such as a line that a power cut tore."""
+    path = os.path.join(args.out, name)
+    kept = []
+    if os.path.exists(path):
+        with open(path, encoding="utf-8", errors="replace") as lines:
+            for number, line in enumerate(lines, 1):
+                try:
+                    row = json.loads(line)
+                    if row["step"] < step + ("eval_accuracy" not in row):  # is logged again
+                        kept.append(row)
+                except (ValueError, KeyError, TypeError):
+                    print(f"{path}, line {number} cannot be read and is dropped")
+    write_jsonl(path, kept)
+    return open(path, "a", encoding="utf-8", buffering=1)
 
 
 if __name__ == "__main__":

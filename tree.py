@@ -1,258 +1,232 @@
 """
 Prefix trees: from searches and traces to groups of prefixes, and from a group to one packed row.
 
-1. Build. A search (mcts.py) or a list of traces (any sampler, any human) is cut into its distinct staged
-   prefixes, merged by problem: ABCDE yields A, AB, ABC, ABCD (Sec. 4.1). Terminal nodes and prefixes that
-   already bear the answer are left out, failed branches are kept, with their visits and value.
-2. Draw. A group is `size` prefixes of one problem's tree (Sec. 3.1, rho_D): across the tree, along one
-   root-to-leaf trace, or the bare question `size` times.
-3. Pack. The samples of a group share most of their tokens; `pack` lays each distinct one down once.
+1. Build. Searches (of mcts.py) and traces (of any sampler, of people) are cut into their distinct
+   staged prefixes and merged by problem: the solution ABCDE yields A, AB, ABC, ABCD (Sec. 4.1).
+   Steps that end a solution or bear its answer are left out, since nothing is left to do behind
+   them. Failed branches are kept, with their visits and value.
+2. Draw. A group is `size` prefixes of one problem's tree (Sec. 3.1, rho_D): from all over the tree,
+   along one root-to-leaf trace, or the bare question `size` times.
+3. Pack. The samples of a group share most of their tokens: `pack` lays each distinct one down once.
 
     python tree.py out/search.jsonl more_traces.jsonl --out out/trees.jsonl
-    python tree.py --show                                   # the embedded trees, one drawn in the terminal
-    python tree.py --show out/trees.jsonl --id train-12
+    python tree.py --from_completions out/samples.jsonl --out out/trees.jsonl
+    python tree.py out/trees.jsonl --show --id train-12       # without a file: the embedded trees
 """
 import argparse
-import atexit
 import json
 import os
 import re
-import signal
+import shutil
 import sys
-from dataclasses import dataclass, field
+from collections import defaultdict
+from dataclasses import dataclass
+from itertools import chain, islice
+from typing import NamedTuple
 
 import numpy as np
 
-# What announces a final answer; a prefix that has it leaves nothing to reason about.
-ANSWER_MARKER = re.compile(r"\\(?:boxed|fbox)|####|answers?[\s*_]{0,9}(?:(?:is|are)\b|[:=])", re.IGNORECASE)
-CONTENT = re.compile(r"[^\W_]|[^\x00-\x7f\s]|[(\[]")  # an answer has some of it, or no completion is ever right
-BLANK_LINE = re.compile(r"\n[^\S\n]*\n")
-JOIN = "\n\n"  # between steps, and after each step of a prefix
+from data.grade import extract_answer, is_correct
 
+JOIN = "\n\n"  # between steps, and behind each step of a prefix
+BLANK_LINE = re.compile(r"\n[ \t\r]*\n")
 
-# --- Files. A user's mistake ends in one sentence and exit status 2, not in a traceback.
+# ---- Commands ------------------------------------------------------------------------------------
 class InputError(ValueError):
-    """What was found, where, and what was expected: shown to the user as it is."""
-
-
-def leave_on_signals():
-    """From here on Ctrl-C and SIGTERM end the script cleanly: files are closed, then one sentence, and exit status 130 or 143."""
-    def leave(number, _):
-        def end(*_):
-            os.write(2, f"\n{os.path.basename(sys.argv[0])}: stopped by {signal.Signals(number).name}; what was finished is kept.\n".encode())
-            os._exit(128 + number)
-        atexit.register(end)
-        sys.unraisablehook = lambda _: None  # the exit may fall into a destructor, which would show it as a traceback
-        signal.signal(signal.SIGALRM, end)
-        signal.alarm(3)  # libraries swallow an exit here and there
-        sys.exit(128 + number)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, leave)
-
-
-def stop_on_signals():
-    """A list that SIGTERM and Ctrl-C write to, for a loop that ends by itself when it has finished what it does. A second one ends it at once."""
-    stopped = []
-
-    def note(number, _):
-        stopped.append(number)
-        signal.signal(number, signal.SIG_DFL)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, note)
-    return stopped
-
+    """A user's mistake: what was found, where, and what was expected."""
 
 def run_command(main):
-    """Run a script's `main`; an InputError, or a file that cannot be read or written, becomes one line on stderr and exit status 2."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    leave_on_signals()
-    sys.stdout.reconfigure(errors="replace", line_buffering=True)  # a terminal without our box characters; whole lines before a signal
+    """Run a script's `main`. Bad input, a file that cannot be used and a lack of memory are told in
+    one line on stderr, with status 2. Ctrl-C is status 130, and a closed pipe is no mistake."""
+    sys.stdout.reconfigure(errors="replace", line_buffering=True)
     try:
         main()
-        sys.stdout.flush()  # a closed pipe shows here, not when the interpreter ends
-    except BrokenPipeError:  # `python tree.py --show | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # python tree.py --show | head
+        os._exit(0)
+    except KeyboardInterrupt:
+        sys.exit(130)
     except (InputError, OSError, MemoryError) as error:
-        kept = ". What was written before is intact" if isinstance(error, OSError) and not error.filename else ""  # a full disk
-        print(printable(f"{os.path.basename(sys.argv[0])}: {error}{kept}"), file=sys.stderr)
+        message = str(error) or "out of memory"
+        print(printable(f"{os.path.basename(sys.argv[0])}: {message}"), file=sys.stderr)
         sys.exit(2)
-    finally:  # a script has done all it does, and a signal would only be a traceback while the interpreter ends; a caller gets its handlers back
-        for number, handler in before.items():
-            signal.signal(number, signal.SIG_IGN if main.__module__ == "__main__" else handler)
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Tells every default but None, and keeps the line breaks of the epilog."""
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
 
-def arguments(description):
-    """An argparse parser as every script has it: defaults in the help, whole names only, and a mistake is an InputError."""
+def arguments(description, epilog=""):
+    """An argparse parser that takes whole names only and raises InputError for a mistake."""
     def error(message):
-        raise InputError(f"{message}; see --help.")
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+        raise InputError(f"{message}; see --help")
+    parser = argparse.ArgumentParser(description=description, epilog=epilog, allow_abbrev=False,
+                                     formatter_class=HelpFormatter)
     parser.error = error
     return parser
 
-
-def at_least(low, kind=int, high=float("inf")):
-    """A type of argparse's: a finite number of this kind, from `low` to `high`."""
+def at_least(low, kind=int, high=1e15):
+    """A type for argparse: a number of this kind, from `low` to `high`."""
     def parse(text):
-        try:
-            if low <= kind(text) <= high and kind(text) < float("inf"):
-                return kind(text)
-        except ValueError:
-            pass
-        limits = f"of at least {low}" if high == float("inf") else f"from {low} to {high}"
-        raise argparse.ArgumentTypeError(f"found {shorten(text)}, expected {'a whole number' if kind is int else 'a number'} {limits}")
+        if not low <= kind(text) <= high:
+            raise argparse.ArgumentTypeError(f"found {text}, expected {low} to {high:g}")
+        return kind(text)
+    parse.__name__ = kind.__name__  # argparse says "invalid int value"
     return parse
 
-
-def read_jsonl(path, parse, skip_bad=False):
-    """Yield `parse(row, line_number)` for every line of a JSONL file.
-
-    Raises InputError with file, line, what was found and what was expected: for a missing or empty file,
-    bytes that are no UTF-8, a torn line, a line that is no object, and whatever `parse` refuses.
-    With `skip_bad` a bad line is named on stderr and passed over.
-    """
-    if not os.path.isfile(path):
-        raise InputError(f"there is no file {path}. Expected a JSONL file, one object a line.")
-    good = bad = 0
-    with open(path, "rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                try:
-                    row = json.loads(line.decode("utf-8-sig"), parse_constant=int)  # int("NaN") and int("Infinity") raise
-                    json.dumps(row, ensure_ascii=False, allow_nan=False).encode()  # half a surrogate pair, or 1e999, could never be written again
-                except (ValueError, RecursionError) as error:
-                    raise InputError(f"the line is no JSON ({error}); it may be torn. Expected one object a line.")
-                if not isinstance(row, dict):
-                    raise InputError(f"found {shorten(row)}, expected an object in braces.")
-                parsed = parse(row, number)
-            except (InputError, RecursionError) as error:  # the latter: nested just so deep that it can be read but not shown
-                if not skip_bad:
-                    raise InputError(f"{path}, line {number}: {error}") from None
-                bad += 1
-                print(printable(f"skipped {path}, line {number}: {error}"), file=sys.stderr)
-                continue
-            good += 1
-            yield parsed
-    if bad:
-        print(printable(f"skipped {bad} bad lines of {path}"), file=sys.stderr)
-    if not good:
-        raise InputError(f"{path} holds no usable line. Expected JSONL, one object a line.")
-
-
-def make_folder(path):
-    """Make the folder of an output file. InputError where its name is that of a folder, a device or a pipe."""
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise InputError(f"{path} is no file; expected the name of one to write.")
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-
-
-def drop_torn_line(path):
-    """Make an output file that can be appended to: create it where it is missing, and cut off a last line that a killed writer
-    left without its end. What opens no object is no such line and stays."""
-    make_folder(path)
-    with open(path, "ab+") as file:
-        file.seek(0)
-        whole = (text := file.read()).rfind(b"\n") + 1
-        if text[whole:whole + 1] == b"{":
-            file.truncate(whole)
-
-
-def write_jsonl(rows, path):
-    """Write rows as JSONL, aside first and then renamed: a killed run leaves no half-written file."""
-    make_folder(path)
-    with open(path + ".tmp", "w", encoding="utf-8") as out:
-        out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    os.replace(path + ".tmp", path)
-
-
-def continue_jsonl(path, keep):
-    """A JSONL file opened to append whole lines, without a torn last one and without the rows that `keep` refuses."""
-    if os.path.exists(path):
-        drop_torn_line(path)
-        with open(path, encoding="utf-8") as lines:
-            write_jsonl([row for row in map(json.loads, lines) if keep(row)], path)
-    return open(path, "a", encoding="utf-8", buffering=1)
-
-
 def printable(text):
-    """Text without what a terminal would obey: escapes, bells, and marks that turn the writing direction."""
+    """Text without what a terminal would obey: escapes, bells, marks that turn its direction."""
     return "".join(c if c.isprintable() else " " for c in text)
 
-
 def shorten(value, width=60):
-    """A value as an error message shows it: one line, printable, not longer than `width`."""
+    """A value as an error message shows it: JSON, in one line."""
     text = json.dumps(value, default=str)
     return text if len(text) <= width else text[:width - 3] + "..."
 
+# ---- JSONL files, one object a line --------------------------------------------------------------
+def get_field(row, name, kind, expected):
+    """row[name] where it is of this type, or one of a tuple of types; else InputError."""
+    value = row.get(name)
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        found = shorten(value) if name in row else "missing"
+        raise InputError(f'field "{name}" is {found}; expected {expected}')
+    return value
 
-def take(row, name, kind, expected):
-    """row[name], or an InputError that says what stands there instead of `expected`."""
-    if not isinstance(row.get(name), kind) or isinstance(row[name], bool) and kind is not bool:
-        raise InputError(f"field \"{name}\" is {shorten(row[name]) if name in row else 'missing'}; expected {expected}.")
-    return row[name]
+def read_jsonl(path, parse, torn=False):
+    """Yield parse(row, line_number) of every line; with `torn`, all but a last one without its end.
+    InputError where there is no file or no line, for what is no object and what `parse` refuses."""
+    if not os.path.isfile(path):
+        raise InputError(f"there is no file {path}; expected JSONL, one object a line")
+    parsed = None
+    with open(path, "rb") as lines:  # as bytes, lines end at "\n" alone and not at U+2028
+        for number, line in enumerate(lines, 1):
+            if not line.strip() or (torn and not line.endswith(b"\n")):
+                continue
+            try:
+                row = json.loads(line.decode("utf-8-sig"))
+                # NaN, 1e999 and half a surrogate pair could never be written again
+                json.dumps(row, ensure_ascii=False, allow_nan=False).encode()
+                if not isinstance(row, dict):
+                    raise InputError(f"found {shorten(row)}; expected an object")
+                parsed = parse(row, number)
+            except InputError as error:
+                raise InputError(f"{path}, line {number}: {error}") from None
+            except (ValueError, RecursionError) as error:
+                raise InputError(f"{path}, line {number}: {error}; expected JSON") from None
+            yield parsed
+    if parsed is None:
+        raise InputError(f"{path} has no whole line; expected JSONL, one object a line")
 
+def make_folder(path):
+    """Make the folder of an output file. InputError where its name is that of something else."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise InputError(f"{path} is no file; expected the name of one to write")
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
 
-def parse_problem(row, number, stem="problem"):
-    """One problem, in our form or as GSM8K, GSM-Symbolic and MATH publish it, as {"id", "question", "answer", ...}.
+def write_jsonl(path, rows):
+    """Write rows, aside first and then renamed: a killed run leaves no half-written file."""
+    make_folder(path)
+    aside = path + ".tmp"
+    if os.path.lexists(aside):
+        os.remove(aside)
+    with open(aside, "x", encoding="utf-8") as out:  # "x" follows no link
+        out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    os.replace(aside, path)
 
-    `steps` (GSM8K: the lines of the solution) and `level` and `subject` (MATH) are kept for the evaluation.
+def append_jsonl(path, row):
+    """Append one whole line. Several ranks may append to one file."""
+    import fcntl
+    with open(path, "ab") as out:
+        fcntl.flock(out, fcntl.LOCK_EX)
+        out.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+
+def continue_jsonl(path, parse):
+    """The parsed rows of an output file that will be appended to; [] where there is none.
+
+    Where `parse` refuses a line, or no line is whole, the file may be somebody else's: InputError,
+    and nothing is changed. Else a last line that a killed writer left without its end is cut off.
     """
-    question = take(row, "question" if "question" in row or "problem" not in row else "problem", str, "the text of the problem")
-    answer = str(take(row, "answer", (str, int, float), "the final answer as text"))
-    problem = {key: row[key] for key in ("steps", "level", "subject") if isinstance(row.get(key), (str, int))}
+    make_folder(path)
+    if not os.path.exists(path) or os.path.getsize(path) == 0:
+        return []
+    rows = list(read_jsonl(path, parse, torn=True))
+    with open(path, "rb+") as file:
+        text = file.read()
+        end = text.rfind(b"\n") + 1
+        if end < len(text):
+            print(printable(f"{path}: cut off a last line that was torn"), file=sys.stderr)
+            file.truncate(end)
+    return rows
+
+def lock(path):
+    """Hold PATH.lock until this process ends; keep the returned file. InputError if it is held."""
+    import fcntl
+    path = os.path.realpath(path)  # one lock for out/run and out/run/
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    file = open(path + ".lock", "a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"another process writes {path}; expected it to end first") from None
+    return file
+
+# ---- Problems ------------------------------------------------------------------------------------
+def parse_problem(row, number, stem="problem"):
+    """A problem, in our form or as GSM8K, GSM-Symbolic and MATH are published, in our form:
+    {"id", "question", "answer", ...}. All other fields pass through as they are."""
+    problem = {"id": row.get("unique_id", f"{stem}-{number}"), **row}  # the former is MATH's
+    if "question" not in row and "problem" in row:  # MATH
+        problem["question"] = problem.pop("problem")
+    if "answer" not in row and "solution" in row:  # MATH, as some publish it
+        solution = get_field(row, "solution", str, "a worked solution")
+        problem["answer"] = extract_answer(solution, strict=True)
+    name = str(get_field(problem, "id", (str, int), "the problem's id"))
+    question = get_field(problem, "question", str, "the text of the problem").strip()
+    answer = str(get_field(problem, "answer", (str, int, float), "the final answer"))
     if "####" in answer:  # GSM8K: the worked solution, then #### and the answer
         solution, _, answer = answer.rpartition("####")
-        problem.setdefault("steps", sum(bool(line.strip()) for line in solution.splitlines()))
-    if not question.strip():
-        raise InputError(f"the question is {shorten(question)}; expected some text.")
-    answer = answer.strip()
-    bare = re.sub(r"\\(text\w*|[{}])", lambda m: "" if m[1][0] == "t" else "(", ANSWER_MARKER.sub("", answer))
-    if not CONTENT.search(bare) or bare.count("{") != bare.count("}") or answer.endswith("\\"):
-        raise InputError(f"no grader can read the answer {shorten(answer)} of {shorten(row['answer'])}; expected a number, a formula or words, braces in pairs.")
-    name = take({"id": row.get("unique_id", f"{stem}-{number}"), **row}, "id", (str, int), "the problem's id")
-    if "instance" in row:  # GSM-Symbolic: one template, many instances
+        problem.setdefault("solution", solution.strip())
+    if "instance" in row and "template" not in row:  # GSM-Symbolic: instances of a template
+        problem["template"] = name
         name = f"{name}-{row['instance']}"
-    if not str(name).strip():
-        raise InputError(f"field \"id\" is {shorten(name)}; expected the problem's id.")
-    return {"id": str(name), "question": question.strip(), "answer": answer, **problem}
+    answer = answer.strip()
+    if not question or not name.strip():
+        raise InputError("the question or the id is blank; expected some text")
+    if not is_correct(f"\\boxed{{{answer}}}", answer):
+        raise InputError(f"no grader can read the answer {shorten(answer)}; expected a number, "
+                         "a formula or words, with braces in pairs")
+    return {**problem, "id": name, "question": question, "answer": answer}
 
-
-def read_problems(path, limit=None, skip_bad=False):
-    """The problems of a JSONL file, as parse_problem gives them. Raises InputError, also for an id met twice."""
+def read_problems(path, limit=0):
+    """The problems of a JSONL file, or the first `limit`. InputError, also for an id met twice."""
     stem = os.path.splitext(os.path.basename(path))[0]
-    problems = {}
+    met = set()
 
     def parse(row, number):
         problem = parse_problem(row, number, stem)
-        if problem["id"] in problems:
-            raise InputError(f"the id {shorten(problem['id'])} was met before; expected each id once.")
-        problems[problem["id"]] = problem
+        if problem["id"] in met:
+            raise InputError(f"the id {shorten(problem['id'])} was met before; expected it once")
+        met.add(problem["id"])
+        return problem
 
-    for _ in read_jsonl(path, parse, skip_bad):
-        if limit and len(problems) >= limit:
-            break
-    return list(problems.values())
+    return list(islice(read_jsonl(path, parse), limit or None))
 
-
-# --- Trees
+# ---- Trees ---------------------------------------------------------------------------------------
 @dataclass
 class Tree:
-    """The distinct staged prefixes of one problem. Node 0 is the question; a parent stands before its children."""
-    id: str
-    question: str
-    answer: str
-    steps: list = field(default_factory=lambda: [""])     # (P,) each node's own step, "" at the root
-    parent: list = field(default_factory=lambda: [-1])    # (P,)
-    visits: list = field(default_factory=lambda: [0])     # (P,) rollouts of the teacher through the node
-    value: list = field(default_factory=lambda: [0.0])    # (P,) sum of their rewards
-    ids: list = None                                      # (P,) token ids of each node's own step, by `tokenize`
+    """The distinct staged prefixes of one problem. Node 0 is the question; parents come first."""
+    problem: dict      # as read_problems gives it
+    steps: list        # (P,) each node's own step, "" at the root
+    parent: list       # (P,) -1 at the root
+    visits: list       # (P,) rollouts of the teacher through the node
+    value: list        # (P,) sum of their rewards
+    ids: list = None   # (P,) token ids of each node's own step, of the prompt at the root
 
     def path(self, node):
-        """Nodes from the root to `node`, both included."""
-        path = [node]
-        while self.parent[path[-1]] >= 0:
-            path.append(self.parent[path[-1]])
+        """The nodes from the root to `node`, both included."""
+        path = []
+        while node >= 0:
+            path.append(node)
+            node = self.parent[node]
         return path[::-1]
 
     def depth(self):
@@ -263,281 +237,356 @@ class Tree:
         return depth
 
     def prefix_ids(self, node):
-        """The prompt's ids and those of the steps down to `node`: never decoded, never encoded again."""
-        return [token for step in self.path(node) for token in self.ids[step]]
+        """The prompt's ids and those of the steps down to `node`."""
+        return list(chain.from_iterable(self.ids[k] for k in self.path(node)))
 
+def rollout(steps, reward):
+    """A trace as a search of one rollout: nodes in a chain, the last one terminal."""
+    nodes = [{"parent": k - 1, "step": step, "visits": 1, "value": reward}
+             for k, step in enumerate(["", *steps])]
+    nodes[-1].update(terminal=True, reward=reward)
+    return nodes
 
-def parse_prefixes(row, number):
-    """A search, a trace or a tree as (id, question, answer, nodes), each node (parent, step, visits, value, left out):
-    what no rollout went through, and what ends a solution, is no prefix of a staged trace."""
-    take(row, "id", (str, int), "the problem's id, by which trees are merged")
-    problem, parsed = parse_problem(row, number), []
-    if "nodes" in row:
-        nodes = take(row, "nodes", list, "a list of nodes, the question's first")
-    else:  # a trace is a search of one rollout: a chain, its last step terminal
-        steps = take(row, "steps", list, "the list of steps of a trace (or \"nodes\", for a search or a tree)")
-        reward = take(row, "reward", (int, float), "the trace's reward, 0 to 1")
-        nodes = steps and [{"parent": k - 1, "step": step, "visits": 1, "value": reward, "terminal": k == len(steps)}
-                           for k, step in enumerate(["", *steps])]
-    if not nodes:
-        raise InputError("the list of nodes or steps is empty; expected one or more.")
-    for k, node in enumerate(nodes):
-        try:
-            if not isinstance(node, dict):
-                raise InputError(f"found {shorten(node)}, expected an object.")
-            parent, step = take(node, "parent", int, "a node's number"), take(node, "step", str, "a step's text").strip()
-            visits, value = take(node, "visits", int, "a number of rollouts"), take(node, "value", (int, float), "the sum of their rewards")
-            terminal = "terminal" in node and take(node, "terminal", bool, "true or false")
-            if not (0 <= parent < k or k == 0 and parent == -1):
-                raise InputError(f"its parent is {shorten(parent)}; expected " + (f"an earlier node, 0 to {k - 1}." if k else "-1, at node 0."))
-            if bool(step) != bool(k) or BLANK_LINE.search(step):
-                raise InputError(f"its step is {shorten(node['step'])}; expected " + ("one step, without a blank line." if k else "\"\" at node 0."))
-            if not 0 <= value <= visits < 2 ** 53:
-                raise InputError(f"it has visits {shorten(visits)} and value {shorten(value)}; expected 0 <= value <= visits.")
-        except InputError as error:
-            raise InputError(f"node {k}: {error}") from None
-        parsed.append((parent, step, visits, float(value), terminal or visits == 0))
-    return problem["id"], problem["question"], problem["answer"], parsed
+def parse_node(node, k):
+    """Node k of a search or a tree, its step stripped. Raises InputError."""
+    parent = get_field(node, "parent", int, f"the number of node {k}'s parent")
+    step = get_field(node, "step", str, f"the text of node {k}").strip()
+    visits = get_field(node, "visits", int, f"the number of rollouts through node {k}")
+    value = get_field(node, "value", (int, float), f"the rewards at node {k}, summed")
+    if "terminal" in node:
+        get_field(node, "terminal", bool, f"true or false at node {k}")
+    is_question = k == 0 and parent == -1 and step == ""
+    is_step = 0 <= parent < k and step != "" and not BLANK_LINE.search(step)
+    if not (is_question or is_step) or not 0 <= value <= visits < 2 ** 53:
+        raise InputError(f"node {k} is {shorten(node, 200)}; expected the question at node 0, else "
+                         "an earlier parent and one step, and 0 <= value <= visits")
+    return {**node, "step": step}
 
+def parse_row(row, number):
+    """A search, a tree or a trace -> (problem, nodes). Raises InputError."""
+    get_field(row, "id", (str, int), "the problem's id, by which trees are merged")
+    if "nodes" in row:  # asked first, for a problem may have a field "steps" of its own
+        nodes = get_field(row, "nodes", list, "the nodes of a search or a tree")
+        own = ("nodes", "settings")
+    else:
+        steps = get_field(row, "steps", list, 'the steps of a trace (a search or tree has "nodes")')
+        nodes = rollout(steps, get_field(row, "reward", (int, float), "the reward, 0 to 1"))
+        own = ("steps", "reward")
+    if not nodes or not all(isinstance(node, dict) for node in nodes):
+        raise InputError(f"the nodes are {shorten(nodes)}; expected objects, the question's first")
+    problem = parse_problem({name: row[name] for name in row if name not in own}, number)
+    return problem, [parse_node(node, k) for k, node in enumerate(nodes)]
 
-def parse_traces(row, number):
-    """The solutions to learn by heart, a list of (question, steps): a trace's own, and of a search each one that came to a right answer."""
-    _, question, _, nodes = parse_prefixes(row, number)
-    if "steps" in row:
-        return [(question, [step for _, step, *_ in nodes[1:]])]
-    if not any("reward" in node for node in row["nodes"]):
-        raise InputError("this is a tree, which has no whole solution; expected a trace, with \"steps\", or a search, whose nodes have a \"reward\".")
-    traces = []
-    for node, source in zip(nodes, row["nodes"]):
-        if source.get("reward") == 1 and node[1]:
-            steps, parent = [node[1], *filter(None, [source.get("rest")])], node[0]
-            while parent > 0:
-                parent, steps = nodes[parent][0], [nodes[parent][1], *steps]
-            traces.append((question, steps))
-    return traces
+def merge(sources):
+    """Pairs (problem, nodes), as parse_row gives them -> [Tree], one a problem.
 
+    Equal prefixes become one node, which sums visits and value. Left out are nodes that no rollout
+    went through, those that end a solution or whose step bears the answer, and all below them.
+    InputError where one id stands for two problems.
+    """
+    trees = {}   # problem id -> Tree
+    places = {}  # (problem id, parent, step) -> node
+    for problem, nodes in sources:
+        name = problem["id"]
+        if name not in trees:
+            trees[name] = Tree(problem, [], [], [], [])
+        tree = trees[name]
+        for field in ("question", "answer"):
+            if problem[field] != tree.problem[field]:
+                found = f"{shorten(tree.problem[field])} and {shorten(problem[field])}"
+                raise InputError(f"id {shorten(name)} has two {field}s, {found}; expected one")
+        moved = {-1: -1}  # node of the source -> node of the tree, where it is not left out
+        for k, node in enumerate(nodes):
+            is_over = node["visits"] == 0 or node.get("terminal")
+            has_answer = extract_answer(node["step"], strict=True) is not None
+            if node["parent"] not in moved or (k > 0 and (is_over or has_answer)):
+                continue
+            place = (name, moved[node["parent"]], node["step"])
+            if place not in places:
+                places[place] = len(tree.steps)
+                tree.steps.append(node["step"])
+                tree.parent.append(moved[node["parent"]])
+                tree.visits.append(0)
+                tree.value.append(0.0)
+            moved[k] = places[place]
+            tree.visits[moved[k]] += node["visits"]
+            tree.value[moved[k]] += node["value"]
+    return list(trees.values())
 
 def build(rows):
-    """Searches, traces and trees, objects as in their files -> prefix trees, one a problem. Raises InputError."""
-    trees, index = {}, {}
-    for number, row in enumerate(rows, 1):
-        merge(trees, index, *parse_prefixes(row, number))
-    return list(trees.values())
+    """Searches, traces and trees, objects as in their files -> [Tree], one a problem."""
+    return merge(parse_row(row, number) for number, row in enumerate(rows, 1))
 
+def read_trees(paths):
+    """The same from one JSONL file or a list of them. Raises InputError."""
+    paths = [paths] if isinstance(paths, str) else paths
+    return merge(chain.from_iterable(read_jsonl(path, parse_row) for path in paths))
 
-def merge(trees, index, name, question, answer, nodes):
-    """Merge one search, trace or tree (as parse_prefixes gives it) into `trees`, a dict by problem.
+def from_completions(path):
+    """Any sampler's {"question", "answer", "completions": [...]}, one a line -> rows for `build`.
 
-    Equal prefixes become one node, found in `index` by (problem, parent node, step), that sums visits and value. Terminal nodes,
-    answer-bearing prefixes and what stands below them are left out. InputError, and no change, where the id stands for another problem.
+    Each completion is a search of one rollout. Its steps end at blank lines; it is graded strictly,
+    and has reward 0 where the row's list "truncated" says so, as evaluate.py writes it.
     """
-    tree = trees.setdefault(name, Tree(name, question, answer))
-    if (tree.question, tree.answer) != (question, answer):
-        raise InputError(f"the id {shorten(name)} stands for two problems: {shorten(tree.question)} -> {shorten(tree.answer)} "
-                         f"and {shorten(question)} -> {shorten(answer)}. Expected one; rename one of them.")
-    place = []  # where each node of the row went; None where it is left out
-    for k, (parent, step, visits, value, left_out) in enumerate(nodes):
-        above = place[parent] if k else None
-        if k and (above is None or left_out or ANSWER_MARKER.search(step)):
-            place.append(None)
-            continue
-        node = index.setdefault((name, above, step), len(tree.steps)) if k else 0
-        if node == len(tree.steps):
-            for column, first in ((tree.steps, step), (tree.parent, above), (tree.visits, 0), (tree.value, 0.0)):
-                column.append(first)
-        tree.visits[node] += visits
-        tree.value[node] += value
-        place.append(node)
+    stem = os.path.splitext(os.path.basename(path))[0]
+    own = ("completions", "extracted", "correct", "flexible", "truncated", "tokens", "settings")
 
+    def parse(row, number):
+        texts = get_field(row, "completions", list, "a list of texts")
+        row = {"truncated": [False] * len(texts), **row}
+        truncated = get_field(row, "truncated", list, "true or false for each completion")
+        if len(truncated) != len(texts) or not all(isinstance(text, str) for text in texts):
+            raise InputError(f"the completions are {shorten(texts)}, truncated is "
+                             f"{shorten(truncated)}; expected lists of texts and as many bools")
+        problem = parse_problem({name: row[name] for name in row if name not in own}, number, stem)
+        rows = []
+        for text, is_cut in zip(texts, truncated):
+            steps = [step.strip() for step in BLANK_LINE.split(text) if step.strip()]
+            is_solved = is_correct(text, problem["answer"], strict=True) and not is_cut
+            rows.append({**problem, "nodes": rollout(steps, int(is_solved))})
+        return rows
 
-def read_trees(paths, skip_bad=False):
-    """The prefix trees of one JSONL file or several; searches, traces and trees may be mixed. Raises InputError."""
-    trees, index = {}, {}
-    for path in [paths] if isinstance(paths, str) else paths:
-        list(read_jsonl(path, lambda row, number: merge(trees, index, *parse_prefixes(row, number)), skip_bad))
-    return list(trees.values())
+    return list(chain.from_iterable(read_jsonl(path, parse)))
 
+def read_solutions(path):
+    """The solutions to learn from in a file of traces and searches, [(question, steps)]: each trace
+    and each rollout of a search that came to a right answer. InputError where there are none."""
+    def parse(row, number):
+        problem, nodes = parse_row(row, number)
+        solutions = []
+        for k, node in enumerate(nodes):
+            ends_trace = "nodes" not in row and node.get("terminal")
+            if k > 0 and (ends_trace or node.get("reward") == 1):
+                # what the rollout wrote behind its last node, then its nodes up to the question
+                steps = [node["rest"]] if node.get("rest") else []
+                while k > 0:
+                    steps.append(nodes[k]["step"])
+                    k = nodes[k]["parent"]
+                solutions.append((problem["question"], steps[::-1]))
+        return solutions
 
-def read_solutions(path, skip_bad=False):
-    """The solutions to learn by heart, (question, steps) each, of a JSONL file of traces and searches. InputError where there are none."""
-    solutions = [solution for solutions in read_jsonl(path, parse_traces, skip_bad) for solution in solutions]
+    solutions = list(chain.from_iterable(read_jsonl(path, parse)))
     if not solutions:
-        raise InputError(f"no solution in {path} came to a right answer; there is nothing to learn by heart.")
+        raise InputError(f"no solution in {path} came to a right answer; expected one or more")
     return solutions
 
-
-def write_trees(trees, path):
-    columns = lambda tree: zip(tree.parent, tree.steps, tree.depth().tolist(), tree.visits, tree.value)
-    write_jsonl(({"id": tree.id, "question": tree.question, "answer": tree.answer, "nodes": [
-        dict(zip(("parent", "step", "depth", "visits", "value"), node)) for node in columns(tree)]} for tree in trees), path)
-
+def write_trees(path, trees):
+    """Write trees as JSONL, with all fields of their problems."""
+    names = ("parent", "step", "depth", "visits", "value")
+    rows = []
+    for tree in trees:
+        columns = zip(tree.parent, tree.steps, tree.depth().tolist(), tree.visits, tree.value)
+        rows.append({**tree.problem, "nodes": [dict(zip(names, node)) for node in columns]})
+    write_jsonl(path, rows)
 
 def tokenize(trees, encode, max_prompt):
-    """Fill each tree's `ids` by encode(question, steps) -> [ids of the prompt, ids of each step], and drop prefixes of more than
-    `max_prompt` tokens (never cut). Returns the trees that still have their question, and the number of prefixes dropped."""
-    kept, dropped = [], 0
+    """Fill each tree's ids by encode(question, steps) -> [ids of the prompt, ids of each step], and
+    drop prefixes of more than `max_prompt` tokens; they are never cut. Returns the trees that keep
+    their question, and the number of prefixes dropped."""
+    kept = []
+    dropped = 0
     for tree in trees:
-        ids = encode(tree.question, tree.steps[1:])
-        length, place = {-1: 0}, {-1: -1}  # place: where a node that is short enough goes
+        ids = encode(tree.problem["question"], tree.steps[1:])
+        length = {-1: 0}  # node -> tokens of its prefix
+        moved = {-1: -1}  # node that stays -> its new number
         for node, parent in enumerate(tree.parent):
             length[node] = length[parent] + len(ids[node])
-            if length[node] <= max_prompt:  # and so is its parent
-                place[node] = len(place) - 1
-        nodes = list(place)[1:]
+            if length[node] <= max_prompt:
+                moved[node] = len(moved) - 1
+        nodes = list(moved)[1:]
         dropped += len(ids) - len(nodes)
         if nodes:
-            steps, visits, value, ids = ([column[node] for node in nodes] for column in (tree.steps, tree.visits, tree.value, ids))
-            kept.append(Tree(tree.id, tree.question, tree.answer, steps, [place[tree.parent[node]] for node in nodes], visits, value, ids))
+            kept.append(Tree(
+                problem=tree.problem,
+                steps=[tree.steps[node] for node in nodes],
+                parent=[moved[tree.parent[node]] for node in nodes],
+                visits=[tree.visits[node] for node in nodes],
+                value=[tree.value[node] for node in nodes],
+                ids=[ids[node] for node in nodes]))
     return kept, dropped
 
+# ---- Groups --------------------------------------------------------------------------------------
+def rng(*key):
+    """The generator of every draw. numpy takes the key (a, b, 0) for (a, b): no key ends in 0."""
+    return np.random.default_rng(key)
 
-# --- Groups
 def shuffled(place, count, seed):
-    """Which of `count` items comes at `place` in endless passes over them, each pass in an order of its own."""
+    """Which of `count` items comes at `place` in endless passes, each in an order of its own."""
     epoch, place = divmod(place, count)
-    # numpy takes a seed that ends in zeros for the shorter one: this one ends in 1, for it shall be nobody else's
-    return np.random.default_rng((seed, epoch, 0, 0, 1)).permutation(count)[place]
-
+    return rng(seed, epoch, 0, 0, 1).permutation(count)[place]
 
 def sample_group(tree, size, group, rng, root=True):
-    """Draw the prefixes of one group from one problem's tree.
+    """Draw a group's prefixes from one problem's tree: (size,) node numbers.
 
-    group   "tree": `size` distinct prefixes, uniform; "trace": prefixes of one root-to-leaf trace, the leaf
-            uniform; "question": the bare question, `size` times, as in GRPO.
-    rng     a numpy Generator
+    group   "tree": distinct prefixes, uniform; "trace": prefixes of one root-to-leaf trace, whose
+            leaf is uniform; "question": the bare question, `size` times, as in GRPO
     root    whether the bare question is among the prefixes of "tree" and "trace"
-    Returns (size,) node numbers. Repeats appear only where there are fewer prefixes than `size`.
+    Nodes repeat only where there are fewer of them than `size`.
     """
-    if group not in ("question", "trace", "tree"):
-        raise ValueError(f"group is {group!r}; expected question, trace or tree")
     if group == "question":
         return np.zeros(size, int)
     nodes = np.arange(len(tree.parent))
     if group == "trace":
-        nodes = np.array(tree.path(rng.choice(np.setdiff1d(nodes, tree.parent))))  # down to a leaf
+        leaves = np.setdiff1d(nodes, tree.parent)
+        nodes = np.array(tree.path(rng.choice(leaves)))
+    elif group != "tree":
+        raise ValueError(f"group is {group!r}; expected question, trace or tree")
     if not root and len(nodes) > 1:
         nodes = nodes[1:]
     return rng.choice(nodes, size, replace=len(nodes) < size)
 
+# ---- Packing -------------------------------------------------------------------------------------
+class Row(NamedTuple):
+    """Sequences that share prefixes, laid down in one row."""
+    ids: np.ndarray       # (L,) tokens
+    position: np.ndarray  # (L,) each token's place in its own sequence: its position id
+    mask: np.ndarray      # (L, L) bool: token i may attend to token j
+    paths: list           # N arrays: the places in the row of each sequence's tokens
 
-# --- Packing
 def pack(prefixes, completions=None):
-    """Lay N sequences that share prefixes into one row in which each distinct prefix token stands once.
+    """Lay N sequences into one Row in which each distinct prefix token stands once.
 
-    prefixes, completions   N lists of token ids; completions are never shared, each has its own loss
-    Returns
-      ids       (L,) the row
-      position  (L,) each token's place in its own sequence, the position id of a rotary embedding
-      mask      (L, L) bool: token i may attend to token j, that is, j is i or stands before i in i's sequence
-      paths     N arrays: the places in the row of each sequence's tokens, prefix and completion
+    prefixes, completions   N lists of token ids; no completion is shared, each has its own loss
 
-    >>> ids, position, mask, paths = pack([[5, 6], [5, 6, 7]], [[8], [9]])
-    >>> ids.tolist(), position.tolist()
+    >>> row = pack([[5, 6], [5, 6, 7]], [[8], [9]])
+    >>> row.ids.tolist(), row.position.tolist()
     ([5, 6, 8, 7, 9], [0, 1, 2, 2, 3])
-    >>> [path.tolist() for path in paths]
+    >>> [path.tolist() for path in row.paths]
     [[0, 1, 2], [0, 1, 3, 4]]
-    >>> mask.astype(int).tolist()
+    >>> row.mask.astype(int).tolist()
     [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 0, 1, 0], [1, 1, 0, 1, 1]]
     """
-    ids, parent, position, node, paths = [], [], [], {}, []
+    ids = []
+    position = []
+    parent = []  # the place of the token before, -1 at a start
+    shared = {}  # (place of the token before, token) -> place of a prefix token
+    paths = []
     for k, prefix in enumerate(prefixes):
-        path, at = [], -1
-        for place, token in enumerate([*prefix, *(completions[k] if completions else [])]):
-            key = (at, token) if place < len(prefix) else (k, place, token)  # nobody else's
-            before, at = at, node.setdefault(key, len(ids))
-            if at == len(ids):
+        completion = completions[k] if completions else []
+        path = []
+        before = -1
+        for n, token in enumerate([*prefix, *completion]):
+            key = (before, token)
+            if n < len(prefix) and key in shared:
+                place = shared[key]
+            else:
+                place = len(ids)
                 ids.append(token)
+                position.append(n)
                 parent.append(before)
-                position.append(place)
-            path.append(at)
+            if n < len(prefix):
+                shared[key] = place
+            path.append(place)
+            before = place
         paths.append(np.array(path, int))
     mask = np.eye(len(ids), dtype=bool)
-    for token, before in enumerate(parent):
+    for place, before in enumerate(parent):
         if before >= 0:
-            mask[token] |= mask[before]
-    return np.array(ids, int), np.array(position, int), mask, paths
+            mask[place] |= mask[before]
+    return Row(np.array(ids, int), np.array(position, int), mask, paths)
 
+class MicroBatch(NamedTuple):
+    """What one forward pass takes."""
+    samples: list  # in the order of the rows' paths
+    rows: list     # of Row
 
 def micro_batches(samples, micro_tokens, row_tokens=0):
-    """Split samples into forward passes of at most `micro_tokens` tokens, padding included, where one sample allows it.
-
-    row_tokens    a group shares one packed row, halved until it has no more tokens than this; 0: every sample has its own row
-    Yields (members, rows): the samples in the order of the rows' paths, and the packed rows themselves.
-    """
-    groups = {}
+    """Split samples into MicroBatches of at most `micro_tokens` tokens, padding included, where one
+    sample allows it. A group shares a row, halved until it has no more than `row_tokens` tokens;
+    with row_tokens 0 every sample has its own."""
+    groups = defaultdict(list)
     for k, sample in enumerate(samples):
-        groups.setdefault(sample.group if row_tokens else k, []).append(sample)
-    queue, rows = list(groups.values()), []
-    while queue:
-        members = queue.pop()
-        row = pack([s.prefix_ids for s in members], [s.completion_ids for s in members])
-        if len(row[0]) > min(micro_tokens, row_tokens) and len(members) > 1:
-            queue += [members[len(members) // 2:], members[:len(members) // 2]]
+        groups[sample.group if row_tokens else k].append(sample)
+    waiting = list(groups.values())
+    packed = []  # (samples, Row)
+    while waiting:
+        group = waiting.pop()
+        row = pack([s.prefix_ids for s in group], [s.completion_ids for s in group])
+        if len(row.ids) > min(micro_tokens, row_tokens) and len(group) > 1:
+            half = len(group) // 2
+            waiting += [group[half:], group[:half]]
         else:
-            rows.append((members, row))
-    rows.sort(key=lambda row: -len(row[1][0]))
-    while rows:
-        fit = max(1, micro_tokens // len(rows[0][1][0]))
-        yield [s for members, _ in rows[:fit] for s in members], [row for _, row in rows[:fit]]
-        rows = rows[fit:]
+            packed.append((group, row))
+    packed.sort(key=lambda pair: -len(pair[1].ids))
+    while packed:
+        count = max(1, micro_tokens // len(packed[0][1].ids))  # the longest comes first
+        groups, rows = zip(*packed[:count])
+        yield MicroBatch(list(chain.from_iterable(groups)), list(rows))
+        packed = packed[count:]
 
+# ---- Showing -------------------------------------------------------------------------------------
+YELLOW_TO_GREEN = (226, 190, 154, 118, 82, 46, 40, 34, 28, 22)  # of 256 colours, as in Fig. 1
 
-# --- Showing
-YELLOW_TO_GREEN = (226, 190, 154, 118, 82, 46, 40, 34, 28, 22)  # of the terminal's 256 colours, as in Fig. 1
-
-
-def show(tree, colour):
-    """The tree as text: a line a node, indented, with visits and the teacher's success rate."""
-    children, depth = {}, tree.depth()
-    for node, parent in enumerate(tree.parent):
-        children.setdefault(parent, []).append(node)
-    lines, stack = [], [(0, "", "")]
+def show(tree, colour, width):
+    """The tree as text, a line a node: its step, indented, its visits, the teacher's success."""
+    children = [[] for _ in tree.parent]
+    for node in range(1, len(tree.parent)):
+        children[tree.parent[node]].append(node)
+    depth = tree.depth()
+    lines = []
+    stack = [0]
     while stack:
-        node, indent, branch = stack.pop()
-        text = printable(tree.question if node == 0 else tree.steps[node])
-        rate = f"{100 * tree.value[node] / tree.visits[node]:3.0f} %" if tree.visits[node] else "  - %"
-        width = max(20, 96 - len(indent + branch))
-        text = text if len(text) <= width else text[:width - 3] + "..."
-        line = f"{text:<{width}}  {tree.visits[node]:4d} visits  {rate}"
+        node = stack.pop()
+        stack += reversed(children[node])
+        success = tree.value[node] / max(tree.visits[node], 1)
+        numbers = f"{tree.visits[node]:6d} visits {success:5.0%}"
+        room = max(20, width - len(numbers))
+        text = "│  " * min(depth[node], room // 6)
+        text += printable(tree.steps[node] or tree.problem["question"])
+        line = f"{text:<{room}.{room}}{numbers}"
         if colour:
-            line = f"\033[38;5;{YELLOW_TO_GREEN[min(depth[node], len(YELLOW_TO_GREEN) - 1)]}m{line}\033[0m"
-        lines.append(indent + branch + line)
-        below = children.get(node, [])
-        indent = (indent + {"": "", "├─ ": "│  ", "└─ ": "   "}[branch])[-60:]  # a trace of 100,000 steps would need gigabytes of it
-        stack += [(child, indent, "└─ " if child == below[-1] else "├─ ") for child in reversed(below)]
-    return "\n".join(lines + [f"answer: {printable(tree.answer)}   id: {printable(tree.id)}"])
-
+            shade = YELLOW_TO_GREEN[min(depth[node], len(YELLOW_TO_GREEN) - 1)]
+            line = f"\033[38;5;{shade}m{line}\033[0m"
+        lines.append(line)
+    last = printable(f"answer: {tree.problem['answer']}   id: {tree.problem['id']}")
+    return "\n".join([*lines, last[:width]])
 
 def summary(trees):
-    """Problems, prefixes, and per depth: how many prefixes, and the teacher's success rate there."""
-    depths, visits, value = (np.concatenate(columns) for columns in zip(*((tree.depth(), tree.visits, tree.value) for tree in trees)))
-    count, visits, value = np.bincount(depths), np.bincount(depths, visits), np.bincount(depths, value)
-    lines = [f"{len(trees)} problems, {len(depths)} distinct prefixes, {len(depths) / len(trees):.1f} a problem",
-             "depth  prefixes  success"]
-    for depth in range(len(count)):
-        rate = f"{100 * value[depth] / visits[depth]:5.1f} %" if visits[depth] else "    - %"
-        lines.append(f"{depth:5d}  {count[depth]:8d}  {rate}  " + "█" * round(40 * count[depth] / max(count)))
+    """Size and shape of the trees, and for each depth its prefixes and the teacher's success."""
+    sizes = np.array([len(tree.parent) for tree in trees])
+    is_chain = [len(set(tree.parent)) == len(tree.parent) for tree in trees]  # no parent twice
+    depths = np.concatenate([tree.depth() for tree in trees])
+    visits = np.bincount(depths, np.concatenate([tree.visits for tree in trees]))
+    value = np.bincount(depths, np.concatenate([tree.value for tree in trees]))
+    lines = [
+        f"{len(trees)} problems, {len(depths)} distinct prefixes, {sizes.mean():.1f} a problem",
+        f"{np.mean(sizes >= 8):.0%} of the trees have 8 prefixes or more, "
+        f"{np.mean(is_chain):.0%} are chains, without a branch",
+        f"{np.sum(sizes == 1)} trees have no prefix but the question",
+        "depth  prefixes  success"]
+    for depth, count in enumerate(np.bincount(depths)):
+        lines.append(f"{depth:5d}  {count:8d}  {value[depth] / max(visits[depth], 1):7.1%}")
     return "\n".join(lines)
-
 
 def main():
     parser = arguments("Build prefix trees from searches and traces, and show them.")
-    parser.add_argument("files", nargs="*", default=["data/arithmetic/trees.jsonl"], help="searches, traces or trees, JSONL")
+    parser.add_argument("files", nargs="*", default=["data/arithmetic/trees.jsonl"],
+                        help="JSONL of searches, traces or trees")
+    parser.add_argument("--from_completions", action="store_true",
+                        help='the files are a sampler\'s {"question", "answer", "completions"}')
     parser.add_argument("--out", help="write the merged trees to this JSONL file")
     parser.add_argument("--show", action="store_true", help="draw a tree in the terminal")
-    parser.add_argument("--id", help="the problem to draw; default the first")
-    parser.add_argument("--skip_bad", action="store_true", help="name and skip bad lines instead of stopping")
+    parser.add_argument("--id", help="the problem to draw; without it, the first")
     args = parser.parse_args()
-    trees = read_trees(args.files, args.skip_bad)
+    if args.from_completions:
+        trees = build(chain.from_iterable(map(from_completions, args.files)))
+    else:
+        trees = read_trees(args.files)
+    if args.out and os.path.exists(args.out) and os.path.getsize(args.out) > 0:
+        if any(os.path.samefile(args.out, path) for path in args.files):
+            raise InputError(f"--out {args.out} is read as well; expected another file")
+        _, nodes = next(read_jsonl(args.out, parse_row))
+        if "depth" not in nodes[0]:
+            raise InputError(f"--out {args.out} holds no trees; expected a new file")
     if args.out:
-        write_trees(trees, args.out)
+        write_trees(args.out, trees)
     if args.show or args.id:
-        chosen = [tree for tree in trees if args.id in (None, tree.id)]
+        chosen = [tree for tree in trees if args.id in (None, tree.problem["id"])]
         if not chosen:
-            raise InputError(f"no problem has the id {shorten(args.id)}; there are {len(trees)}, the first is {shorten(trees[0].id)}.")
-        print(show(chosen[0], colour=sys.stdout.isatty()), end="\n\n")
+            raise InputError(f"no problem has the id {shorten(args.id)}; expected another")
+        width = shutil.get_terminal_size().columns
+        print(show(chosen[0], sys.stdout.isatty(), width), end="\n\n")
     print(summary(trees))
-
 
 if __name__ == "__main__":
     run_command(main)

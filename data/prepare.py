@@ -1,219 +1,388 @@
 """
 Make or fetch a data set as JSONL problems, {"id", "question", "answer", ...}, into data/NAME/.
 
-    python data/prepare.py gsm8k                          # train.jsonl, test.jsonl, *_traces.jsonl; likewise gsm_symbolic (test), math
-    python data/prepare.py gsm8k --source my/gsm8k        # from a folder with files named as the published ones, or from one file
-    python data/prepare.py arithmetic                     # remakes the embedded default: problems, models, trees
+    python data/prepare.py gsm8k                     # train.jsonl, test.jsonl and *_traces.jsonl
+    python data/prepare.py math                      # likewise gsm_symbolic, which is a test alone
+    python data/prepare.py gsm8k --source my/gsm8k   # from a local copy, a folder or one file
+    python data/prepare.py arithmetic                # remakes the embedded world
 
-The embedded default is a small world of word problems with everything that the pipeline needs. The teacher is pre-trained
-on clean solutions. The student goes on from there, on solutions by people with misconceptions ("halves them" read as minus
-two) and slips, as a base model is trained on noisy text: it can do the sums and often does the wrong one. The teacher's
-searches of the training problems become the prefix trees. All of it derives from one seed.
+The embedded world has word problems and all that the pipeline needs. Its teacher is pre-trained on
+clean solutions. Its student goes on from there, on solutions by people who misread ("halves them"
+as minus two) and slip, as a base model is trained on noisy text: it can do the sums and often does
+the wrong one. The teacher's searches become the prefix trees. All of it derives from one seed.
 """
-import json
 import os
 import random
 import re
+import shlex
 import shutil
 import subprocess
 import sys
-import urllib.error
+import tempfile
 import urllib.request
+from http.client import HTTPException
+from typing import NamedTuple, Sequence
+
+from tqdm import tqdm
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
 sys.path.insert(0, ROOT)
-from tree import InputError, arguments, at_least, read_problems, run_command, write_jsonl  # noqa: E402
 
-# ---------------------------------------------------------------------------------------------------
-# Published data sets: our file -> where it is published
+import tree  # noqa: E402
+from tree import InputError  # noqa: E402
 
-GITHUB, GITHUB_LFS = "https://raw.githubusercontent.com", "https://media.githubusercontent.com/media"
+
+# ---- Published data sets -------------------------------------------------------------------------
+class Published(NamedTuple):
+    address: str
+    problems: int   # so many, or the download is not whole
+
+
+GSM8K = "https://raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data"
+SYMBOLIC = "https://raw.githubusercontent.com/apple/ml-gsm-symbolic/main/generated_data"
+PRM800K = "https://media.githubusercontent.com/media/openai/prm800k/main/prm800k/math_splits"
 PUBLISHED = {
-    "gsm8k": {"train": f"{GITHUB}/openai/grade-school-math/master/grade_school_math/data/train.jsonl",
-              "test": f"{GITHUB}/openai/grade-school-math/master/grade_school_math/data/test.jsonl"},
-    "gsm_symbolic": {"test": f"{GITHUB}/apple/ml-gsm-symbolic/main/generated_data/GSM_symbolic.jsonl"},
-    # the split of Lightman et al. 2023: 12,000 problems to train on, and the MATH-500 to test
-    "math": {"train": f"{GITHUB_LFS}/openai/prm800k/main/prm800k/math_splits/train.jsonl",
-             "test": f"{GITHUB_LFS}/openai/prm800k/main/prm800k/math_splits/test.jsonl"},
+    "gsm8k": {"train": Published(f"{GSM8K}/train.jsonl", 7473),
+              "test": Published(f"{GSM8K}/test.jsonl", 1319)},
+    "gsm_symbolic": {"test": Published(f"{SYMBOLIC}/GSM_symbolic.jsonl", 5000)},
+    # the split of Lightman et al. 2023: MATH-500 is the test, all the others are to train on
+    "math": {"train": Published(f"{PRM800K}/train.jsonl", 12000),
+             "test": Published(f"{PRM800K}/test.jsonl", 500)},
 }
 
 
-def fetch(name, source, out):
-    """Copy each published split to out/SPLIT.jsonl, its rows normalised and checked. Raises InputError."""
+def prepare(name, source, out):
+    """Write each split of a published data set to OUT/SPLIT.jsonl, normalised and checked.
+
+    source   None to download, else a folder with files named as the published ones, or one file
+    Raises InputError where a file cannot be had, has a bad line, or is not whole.
+    """
     splits = PUBLISHED[name]
-    if source and os.path.isfile(source):
-        split = next((split for split in splits if split in os.path.basename(source)), "test")
-        splits = {split: source}
-    for split, address in splits.items():
-        path, raw = os.path.join(out, f"{split}.jsonl"), os.path.join(out, f"{split}.tmp")
-        os.makedirs(out, exist_ok=True)
-        local = source if source and os.path.isfile(source) else source and os.path.join(source, os.path.basename(address))
-        if local:
-            if not os.path.isfile(local):
-                raise InputError(f"there is no file {local}. Expected {name}'s {split} split as published at {address}.")
-            shutil.copyfile(local, raw)
-        else:
+    if source and os.path.isfile(source):  # one file: the split that its name tells
+        split = "train" if "train" in os.path.basename(source) else "test"
+        splits = {split: splits.get(split)}
+    with tempfile.TemporaryDirectory() as folder:
+        for split, published in splits.items():
+            path = os.path.join(out, f"{split}.jsonl")
+            raw = os.path.join(folder, f"{split}.jsonl")  # problems without id get one by this name
+            if source:
+                copy_file(source, published, raw)
+            else:
+                download(published.address, raw)
             try:
-                with urllib.request.urlopen(address, timeout=60) as response, open(raw, "wb") as file:
-                    shutil.copyfileobj(response, file)
-            except (urllib.error.URLError, OSError) as error:
-                raise InputError(f"{address} cannot be fetched ({error}). Fetch it elsewhere and give the file or its folder with --source.") from None
-        problems = read_problems(raw)
-        write_jsonl(problems, path)
-        if name == "gsm8k":
-            write_jsonl(worked_solutions(problems, raw), os.path.join(out, f"{split}_traces.jsonl"))
-        os.remove(raw)
-        print(f"{path}: {len(problems)} problems")
+                problems = tree.read_problems(raw)
+            except InputError as error:
+                raise InputError(str(error).replace(raw, source or published.address)) from None
+            if not source and len(problems) != published.problems:
+                raise InputError(f"{published.address} gave {len(problems)} problems, expected "
+                                 f"{published.problems}: the download is not whole, or another.")
+            for problem in problems:
+                if "solution" in problem and name != "math":  # whose solutions are no list of steps
+                    problem["steps"] = len(worked_steps(problem))
+            tree.write_jsonl(path, problems)
+            print(f"{path}: {len(problems)} problems")
+            solved = list(traces(problems)) if name == "gsm8k" else []
+            if solved:
+                tree.write_jsonl(os.path.join(out, f"{split}_traces.jsonl"), solved)
 
 
-def worked_solutions(problems, raw):
-    """GSM8K's own solutions as traces, a line a step, without its calculator's notes: prefixes from people, for want of a search."""
-    with open(raw, encoding="utf-8") as lines:
-        for problem, line in zip(problems, filter(str.strip, lines)):
-            steps = [re.sub("<<.*?>>", "", step).strip() for step in json.loads(line)["answer"].split("####")[0].splitlines() if step.strip()]
-            yield {**problem, "steps": [*steps, f"The answer is \\boxed{{{problem['answer']}}}."], "reward": 1}
+def copy_file(source, published, path):
+    """Copy a source file to `path`, or the file of a source folder that is named as published."""
+    if os.path.isdir(source):
+        source = os.path.join(source, os.path.basename(published.address))
+    if not os.path.isfile(source):
+        raise InputError(f"there is no file {source}. Expected one as published, for example at "
+                         f"{published.address}.")
+    shutil.copyfile(source, path)
 
 
-# ---------------------------------------------------------------------------------------------------
-# The embedded world
+def download(address, path):
+    """Fetch a file, with a progress bar."""
+    name = os.path.basename(address)
+    try:
+        with urllib.request.urlopen(address, timeout=60) as response, open(path, "wb") as file:
+            size = int(response.headers.get("Content-Length", 0)) or None
+            with tqdm.wrapattr(file, "write", total=size, desc=name, dynamic_ncols=True) as out:
+                shutil.copyfileobj(response, out)
+    except (OSError, HTTPException) as error:
+        raise InputError(f"{address} cannot be fetched ({error}). Fetch it elsewhere and give the "
+                         "file or its folder with --source.") from None
+
+
+def worked_steps(problem):
+    """The lines of a worked solution of GSM8K, without its calculator's notes <<3+4=7>>."""
+    lines = problem.get("solution", "").split("\n")
+    steps = [re.sub("<<.*?>>", "", line).strip() for line in lines]
+    return [step for step in steps if step]
+
+
+def traces(problems):
+    """The solutions that come with GSM8K as traces: prefixes by people, for want of a search."""
+    for problem in problems:
+        steps = worked_steps(problem)
+        if steps:
+            answer = f"The answer is \\boxed{{{problem['answer']}}}."
+            yield {"id": problem["id"], "question": problem["question"],
+                   "answer": problem["answer"], "steps": [*steps, answer], "reward": 1}
+
+
+# ---- The embedded world: problems ----------------------------------------------------------------
+class Phrase(NamedTuple):
+    text: str            # "finds {}", with its operand in place of {}
+    operation: str       # one of + - * /
+    operands: Sequence
+    weight: int          # how often it is drawn
+    misread: float = 0   # how often a person with misconceptions takes * for + or / for -
+
 
 NAMES = "Ava Mia Zoe Eve Ben Max Sam Tom".split()
 THINGS = "pens coins books shells cards stones apples stamps".split()
-PHRASES = [  # text, operation, its second operand, how often, how often a person with misconceptions takes * for + or / for -
-    *[(f"{verb} {{}}", "+", range(2, 13), 2, 0) for verb in ("finds", "buys", "gets", "makes")],
-    *[(f"{verb} {{}}", "-", range(2, 13), 2, 0) for verb in ("loses", "eats", "sells", "gives away")],
-    ("doubles them", "*", [2], 9, 0.6), ("triples them", "*", [3], 6, 0.3), ("quadruples them", "*", [4], 4, 0.3),
-    ("halves them", "/", [2], 14, 0.6), ("shares them among {}", "/", range(3, 6), 8, 0.3), ("keeps one in {}", "/", range(3, 6), 8, 0.3),
+PHRASES = [
+    Phrase("finds {}", "+", range(2, 13), 2),
+    Phrase("buys {}", "+", range(2, 13), 2),
+    Phrase("gets {}", "+", range(2, 13), 2),
+    Phrase("makes {}", "+", range(2, 13), 2),
+    Phrase("loses {}", "-", range(2, 13), 2),
+    Phrase("eats {}", "-", range(2, 13), 2),
+    Phrase("sells {}", "-", range(2, 13), 2),
+    Phrase("gives away {}", "-", range(2, 13), 2),
+    Phrase("doubles them", "*", [2], 9, 0.6),
+    Phrase("triples them", "*", [3], 6, 0.3),
+    Phrase("quadruples them", "*", [4], 4, 0.3),
+    Phrase("halves them", "/", [2], 14, 0.6),
+    Phrase("shares them among {}", "/", range(3, 6), 8, 0.3),
+    Phrase("keeps one in {}", "/", range(3, 6), 8, 0.3),
 ]
-SLIP = 0.05  # how often such a person's result is wrong by 1 or 10
-APPLY = {"+": lambda a, b: a + b, "-": lambda a, b: max(a - b, 0), "*": lambda a, b: min(a * b, 999), "/": lambda a, b: a // b}
+WEIGHTS = [phrase.weight for phrase in PHRASES]
+SLIP = 0.05              # how often such a person's result is wrong by 1 or 10
+MISTAKEN_FOR = {"*": "+", "/": "-"}
 
 
-def make_problem(rng, steps):
-    """(question, start, [(operation, operand, how often misread)], answer); numbers stay whole, between 5 and 99."""
-    start = number = rng.randint(5, 40)
-    actions, text = [], ""
-    while len(actions) < steps:
-        phrase, operation, operands, _, misread = rng.choices(PHRASES, [phrase[3] for phrase in PHRASES])[0]
-        operand = rng.choice(operands)
-        undoes = bool(actions) and {operation, actions[-1][0]} == {"*", "/"}  # "doubles them, halves them" teaches nothing
-        if undoes or operation == "/" and number % operand or not 5 <= APPLY[operation](number, operand) <= 99:
+class Action(NamedTuple):
+    operation: str
+    operand: int
+    misread: float
+
+
+class Story(NamedTuple):
+    question: str
+    start: int           # the first number
+    actions: list
+    answer: int
+
+
+def apply(operation, number, operand):
+    """The result of an operation; misread ones stay between 0 and 999."""
+    if operation == "+":
+        return number + operand
+    if operation == "-":
+        return max(number - operand, 0)
+    if operation == "*":
+        return min(number * operand, 999)
+    return number // operand
+
+
+def make_story(rng, length):
+    """A problem of `length` actions whose numbers stay whole, between 5 and 99."""
+    start = rng.randint(5, 40)
+    number = start
+    actions = []
+    text = ""
+    while len(actions) < length:
+        phrase = rng.choices(PHRASES, WEIGHTS)[0]
+        operand = rng.choice(phrase.operands)
+        result = apply(phrase.operation, number, operand)
+        if actions and {phrase.operation, actions[-1].operation} == {"*", "/"}:
+            continue     # "doubles them, halves them" teaches nothing
+        if phrase.operation == "/" and number % operand:
             continue
-        actions.append((operation, operand, misread))
-        text += ", " + phrase.format(operand)
-        number = APPLY[operation](number, operand)
+        if not 5 <= result <= 99:
+            continue
+        actions.append(Action(phrase.operation, operand, phrase.misread))
+        text += ", " + phrase.text.format(operand)
+        number = result
     thing = rng.choice(THINGS)
-    return f"{rng.choice(NAMES)} has {start} {thing}{text}. How many {thing}?", start, actions, number
+    name = rng.choice(NAMES)
+    question = f"{name} has {start} {thing}{text}. How many {thing}?"
+    return Story(question, start, actions, number)
 
 
 def solve(start, actions, rng=None):
-    """The steps of a solution; with rng, those of a person with misconceptions, consistent after each mistake."""
-    number, steps = start, []
+    """The steps of a solution; with rng, those of a person with misconceptions, who goes on
+    consistently after each mistake."""
+    number = start
+    steps = []
     for operation, operand, misread in actions:
         if rng and rng.random() < misread:
-            operation = {"*": "+", "/": "-"}[operation]
-        result = APPLY[operation](number, operand)
+            operation = MISTAKEN_FOR[operation]
+        result = apply(operation, number, operand)
         if rng and rng.random() < SLIP:
             result = max(0, result + rng.choice([-10, -1, 1, 10]))
         steps.append(f"{number} {operation} {operand} = {result}")
         number = result
-    return steps + [f"The answer is {number}."]
+    return [*steps, f"The answer is {number}."]
 
 
 def make_problems(name, count, low, high, traps, seed, seen):
-    """`count` problems of low to high steps, at least `traps` of which are mostly misread; no question that is in `seen`."""
-    rng, rows = random.Random(f"{name} {seed}"), []
+    """`count` problems of `low` to `high` steps, `traps` or more of which are mostly misread.
+
+    seen   all questions so far: none is made twice, in no set
+    """
+    rng = random.Random(f"{name} {seed}")
+    rows = []
     while len(rows) < count:
-        steps = rng.randint(low, high)
-        question, _, actions, answer = make_problem(rng, steps)
-        if question not in seen and sum(misread > 0.5 for _, _, misread in actions) >= traps:
-            seen.add(question)
-            rows.append({"id": f"{name}-{len(rows)}", "question": question, "answer": str(answer), "steps": steps})
+        length = rng.randint(low, high)
+        story = make_story(rng, length)
+        mostly_misread = [action for action in story.actions if action.misread > 0.5]
+        if story.question not in seen and len(mostly_misread) >= traps:
+            seen.add(story.question)
+            rows.append({"id": f"{name}-{len(rows)}", "question": story.question,
+                         "answer": str(story.answer), "steps": length})
     return rows
 
 
 def make_traces(name, count, misconceptions, seed, seen):
-    """`count` solutions to pre-train on, a quarter of them of 6 to 8 steps, to problems that no other set has."""
-    rng, rows = random.Random(f"{name} {seed}"), []
+    """`count` solutions to pre-train on, a quarter of them of 6 to 8 steps."""
+    rng = random.Random(f"{name} {seed}")
+    rows = []
     while len(rows) < count:
-        question, start, actions, answer = make_problem(rng, rng.randint(6, 8) if rng.random() < 0.25 else rng.randint(2, 5))
-        if question not in seen:
-            steps = solve(start, actions, rng if misconceptions else None)
-            rows.append({"id": f"{name}-{len(rows)}", "question": question, "answer": str(answer), "steps": steps,
-                         "reward": int(steps[-1] == f"The answer is {answer}.")})
+        is_long = rng.random() < 0.25
+        length = rng.randint(6, 8) if is_long else rng.randint(2, 5)
+        story = make_story(rng, length)
+        if story.question not in seen:
+            steps = solve(story.start, story.actions, rng if misconceptions else None)
+            is_right = steps[-1] == f"The answer is {story.answer}."
+            rows.append({"id": f"{name}-{len(rows)}", "question": story.question,
+                         "answer": str(story.answer), "steps": steps, "reward": int(is_right)})
     return rows
 
 
+# ---- The embedded world: models and trees --------------------------------------------------------
+def vocabulary():
+    """The tokens of the embedded world: words and signs with their leading space, single digits."""
+    words = {"has", "How", "many", "answer", "is", *THINGS}
+    for phrase in PHRASES:
+        words.update(phrase.text.replace("{}", "").split())
+    tokens = ["<pad>", "<eos>", "<unk>", "\n\n", "The", ".", ",", "?"]
+    tokens += [f" {sign}" for sign in "+-*/="]
+    tokens += NAMES
+    tokens += [f" {word}" for word in sorted(words)]
+    tokens += list("0123456789")
+    tokens += [f" {digit}" for digit in "0123456789"]
+    return tokens
+
+
 def make_model(path, seed):
-    """A random Llama of 0.6 M parameters and a word-level tokenizer with single digits that decodes what it encodes."""
+    """A random Llama of 0.6 M parameters, and a word-level tokenizer that decodes what it encodes.
+    """
     import torch
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
     from transformers.utils import logging
     logging.disable_progress_bar()
-    words = {word for phrase in PHRASES for word in phrase[0].replace("{}", "").split()} | set("has How many answer is".split()) | set(THINGS)
-    tokens = ["<pad>", "<eos>", "<unk>", "\n\n", "The", ".", ",", "?", *(f" {sign}" for sign in "+-*/="), *NAMES, *(f" {word}" for word in sorted(words))]
-    tokens += [space + digit for space in ("", " ") for digit in "0123456789"]
-    core = Tokenizer(models.WordLevel({token: k for k, token in enumerate(tokens)}, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.Split(Regex(r"\n\n| ?[A-Za-z]+| ?[^A-Za-z]"), behavior="isolated")  # a word keeps its leading space
+    tokens = vocabulary()
+    numbered = {token: k for k, token in enumerate(tokens)}
+    core = Tokenizer(models.WordLevel(numbered, unk_token="<unk>"))
+    word_or_sign = Regex(r"\n\n| ?[A-Za-z]+| ?[^A-Za-z]")  # a word keeps its leading space
+    core.pre_tokenizer = pre_tokenizers.Split(word_or_sign, behavior="isolated")
     core.decoder = decoders.Fuse()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>",
-                                        clean_up_tokenization_spaces=False, model_max_length=512)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>",
+        clean_up_tokenization_spaces=False, model_max_length=512)
     torch.manual_seed(seed)
-    # a wide initialisation and fast rotations learn arithmetic several times sooner than the usual 0.02 and 10,000
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokens), hidden_size=128, intermediate_size=344, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=4,
-        initializer_range=0.06, rope_parameters={"rope_type": "default", "rope_theta": 500.0}, max_position_embeddings=512,
-        tie_word_embeddings=True, pad_token_id=0, eos_token_id=1, bos_token_id=None))
-    model.save_pretrained(path)
+    # A wide initialisation and fast rotations learn arithmetic several times sooner than the usual
+    # 0.02 and 10,000.
+    config = LlamaConfig(
+        vocab_size=len(tokens), hidden_size=128, intermediate_size=344, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=4, initializer_range=0.06,
+        rope_parameters={"rope_type": "default", "rope_theta": 500.0},
+        max_position_embeddings=512, tie_word_embeddings=True,
+        pad_token_id=0, eos_token_id=1, bos_token_id=None)
+    LlamaForCausalLM(config).save_pretrained(path)
     tokenizer.save_pretrained(path)
 
 
+PROBLEMS = ["test.jsonl", "train.jsonl", "hard_test.jsonl", "hard_train.jsonl"]
+TREES = ["trees.jsonl", "hard_trees.jsonl"]
+MODELS = ["teacher", "student"]
+MODEL_FILES = ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+               "tokenizer_config.json"]
+
+
 def make_arithmetic(out, seed):
-    """Problems, then models and trees by this repository's own scripts, in the order of `commands`."""
-    seen, tmp = set(), os.path.join(out, "tmp")
-    for name, count, *shape in (("test", 400, 2, 5, 0), ("train", 2000, 2, 5, 0), ("hard_test", 400, 6, 8, 3), ("hard_train", 1000, 6, 8, 3)):
-        write_jsonl(make_problems(name, count, *shape, seed, seen), os.path.join(out, f"{name}.jsonl"))
-    write_jsonl(make_traces("clean", 24000, False, seed, seen), os.path.join(tmp, "clean.jsonl"))
-    write_jsonl(make_traces("noisy", 12000, True, seed, seen), os.path.join(tmp, "noisy.jsonl"))
-    make_model(os.path.join(tmp, "init"), seed)
-    sft = ["train.py", "--objective", "sft", "--lora_rank", 0, "--batch_size", 16, "--group_size", 1, "--eval_every", 0, "--save_every", 0,
-           "--micro_tokens", 8192, "--seed", seed]
-    search = ["mcts.py", "--model", f"{tmp}/teacher", "--max_new_tokens", 128, "--seed", seed]
+    """The embedded world: problems, then models and trees by this repository's own scripts.
+
+    InputError where the folder has other things in it than a world made before.
+    """
+    found = set(os.listdir(out)) if os.path.isdir(out) else set()
+    if found and found != {*PROBLEMS, *TREES, *MODELS}:
+        names = ", ".join(sorted(found)[:5])
+        raise InputError(f"{out} holds {names}. Expected none, an empty one, or what this command "
+                         "made there before, which it replaces.")
+    with tempfile.TemporaryDirectory() as folder:
+        make_world(folder, seed)
+        for name in PROBLEMS + TREES:
+            os.makedirs(out, exist_ok=True)
+            shutil.copyfile(os.path.join(folder, name), os.path.join(out, name))
+        for name in MODELS:  # without the run's checkpoints and logs
+            os.makedirs(os.path.join(out, name), exist_ok=True)
+            for file in MODEL_FILES:
+                path = os.path.join(name, file)
+                shutil.copyfile(os.path.join(folder, path), os.path.join(out, path))
+
+
+def make_world(folder, seed):
+    """All files of the embedded world, and those that they are made of, in a folder."""
+    seen = set()
+    problem_sets = {
+        "test": make_problems("test", 400, 2, 5, 0, seed, seen),
+        "train": make_problems("train", 2000, 2, 5, 0, seed, seen),
+        "hard_test": make_problems("hard_test", 400, 6, 8, 3, seed, seen),
+        "hard_train": make_problems("hard_train", 1000, 6, 8, 3, seed, seen),
+        "clean": make_traces("clean", 24000, False, seed, seen),
+        "noisy": make_traces("noisy", 12000, True, seed, seen),
+    }
+    for name, rows in problem_sets.items():
+        tree.write_jsonl(f"{folder}/{name}.jsonl", rows)
+    make_model(f"{folder}/init", seed)
+    folder = shlex.quote(folder)
+    sft = (f"train.py --objective sft --lora_rank 0 --batch_size 16 --group_size 1 --eval_every 0 "
+           f"--save_every 0 --micro_tokens 8192 --seed {seed}")
+    search = f"mcts.py --model {folder}/teacher --max_new_tokens 128 --seed {seed}"
     commands = [
-        [*sft, "--model", f"{tmp}/init", "--trees", f"{tmp}/clean.jsonl", "--steps", 1400, "--lr", 3e-3, "--out", f"{tmp}/teacher"],
-        [*sft, "--model", f"{tmp}/teacher", "--trees", f"{tmp}/noisy.jsonl", "--steps", 600, "--lr", 1e-3, "--out", f"{tmp}/student"],
-        [*search, "--data", f"{out}/train.jsonl", "--out", f"{tmp}/search.jsonl"],
-        [*search, "--data", f"{out}/hard_train.jsonl", "--out", f"{tmp}/hard_search.jsonl"],
-        ["tree.py", f"{tmp}/search.jsonl", "--out", f"{out}/trees.jsonl"],
-        ["tree.py", f"{tmp}/hard_search.jsonl", "--out", f"{out}/hard_trees.jsonl"],
+        f"{sft} --model {folder}/init --trees {folder}/clean.jsonl --steps 1400 --lr 0.003 "
+        f"--out {folder}/teacher",
+        f"{sft} --model {folder}/teacher --trees {folder}/noisy.jsonl --steps 600 --lr 0.001 "
+        f"--out {folder}/student",
+        f"{search} --data {folder}/train.jsonl --out {folder}/search.jsonl",
+        f"{search} --data {folder}/hard_train.jsonl --out {folder}/hard_search.jsonl",
+        f"tree.py {folder}/search.jsonl --out {folder}/trees.jsonl",
+        f"tree.py {folder}/hard_search.jsonl --out {folder}/hard_trees.jsonl",
     ]
     for command in commands:
-        print("python", *command, flush=True)
-        # one thread: with more, sums are rounded in another order and the result is another model
-        subprocess.run([sys.executable, *map(str, command)], check=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    for name in ("teacher", "student"):  # the model alone, without the run's checkpoints and logs
-        shutil.rmtree(os.path.join(out, name), ignore_errors=True)
-        os.makedirs(os.path.join(out, name))
-        for file in ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
-            shutil.copy(os.path.join(tmp, name, file), os.path.join(out, name, file))
-    shutil.rmtree(tmp)
+        print("python", command, flush=True)
+        # One thread: with more, sums are rounded in another order, and the model is another.
+        one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run([sys.executable, *shlex.split(command)], cwd=ROOT, env=one_thread)
+        if done.returncode != 0:
+            raise InputError("the command above has failed, and said why.")
 
 
 def main():
-    parser = arguments("Make or fetch a data set as JSONL problems.")
+    parser = tree.arguments("Make or fetch a data set as JSONL problems.")
     parser.add_argument("name", choices=("arithmetic", *PUBLISHED))
-    parser.add_argument("--source", help="a local copy instead of the published address: a file, or a folder with files named as the published ones")
+    parser.add_argument("--source", help="a local copy instead of the published address: a folder "
+                        "with files named as the published ones, or one file")
     parser.add_argument("--out", help="folder to write to; default data/NAME")
-    parser.add_argument("--seed", type=at_least(0), default=0, help="of everything in the embedded world")
+    parser.add_argument("--seed", type=tree.at_least(0), default=0, help="of the embedded world")
     args = parser.parse_args()
     out = os.path.abspath(args.out or os.path.join(HERE, args.name))
     if args.name == "arithmetic":
         make_arithmetic(out, args.seed)
     else:
-        fetch(args.name, args.source, out)
+        prepare(args.name, args.source, out)
 
 
 if __name__ == "__main__":
-    run_command(main)
+    tree.run_command(main)

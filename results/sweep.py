@@ -24,7 +24,7 @@ import numpy as np
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import train  # noqa: E402, F401: before the fork
-from tree import drop_torn_line, run_command  # noqa: E402
+from tree import run_command  # noqa: E402
 
 TEACHER = "--teacher data/arithmetic/teacher"
 REINFORCE_KL = f"--group question --reward teacher {TEACHER} --lr 5e-4"
@@ -43,9 +43,9 @@ ROWS = {  # the flags of train.py
     "grpo_clipped": "--group question --baseline grpo --epochs 2 --kl_coef 0.04",  # as its users know it
     "tree_opo_clipped": "--baseline expectation --epochs 2 --kl_coef 0.04",
     "rloo": "--group question --baseline rloo",  # beyond the paper
-} | {name: f"--baseline {name}" for name in "loo teacher treepo treerl treerpo ema shrink".split()}
+} | {name: f"--baseline {name}" for name in "loo teacher treepo treerl treerpo".split()}
 SETS = {"easy": ("data/arithmetic/", 30_000), "hard": ("data/arithmetic/hard_", 60_000)}  # how its files begin, generated tokens a run
-OFTEN = "--eval_every 10 --eval_limit 200 --rollouts_every 0"
+OFTEN = "--eval_every 10"
 CURVES = "reward sat adv_var adv_var_scaled entropy".split()  # of log.jsonl
 children, preparing = set(), threading.Lock()
 
@@ -69,7 +69,7 @@ def script(command, out):
 
 def call(command, folder, deadline):
     """Run a command, training from the folder's checkpoint if there is one. Raises RuntimeError if it fails, TimeoutError at the deadline."""
-    resume = ["--resume"] if command[0] == "train.py" and os.path.exists(f"{folder}/checkpoint.safetensors") else []
+    resume = ["--resume"] if command[0] == "train.py" and os.path.exists(f"{folder}/log.jsonl") else []
     # forked, not started anew: PyTorch takes seconds to import, a third of a run
     child = multiprocessing.get_context("fork").Process(target=script, args=([*command, *resume], f"{folder}.txt"))
     child.start()
@@ -103,7 +103,8 @@ def mean(values):
 
 def summarise(folder, **names):
     """A finished run as one object: accuracies, thinned curves, and which test problems the greedy answer solved."""
-    log, correct = read(f"{folder}/log.jsonl"), [row["correct"] for row in read(f"{folder}/final.jsonl")]
+    log = [row for row in read(f"{folder}/log.jsonl") if "loss" in row]  # the others are evaluations
+    correct = [row["correct"] for row in read(f"{folder}/final.jsonl")]
     steps = sorted(int(file[5:-6]) for file in os.listdir(folder) if file.startswith("eval-") and file.endswith(".jsonl"))
     parts = [log[part[0]:part[-1] + 1] for part in np.array_split(np.arange(len(log)), min(30, len(log)))]
     return dict(names, steps=len(log), tokens=log[-1]["tokens"], seconds=round(sum(row["seconds_rollout"] + row["seconds_update"] for row in log), 1),
@@ -170,7 +171,7 @@ def main():
     os.makedirs(args.out, exist_ok=True)
     os.environ["OMP_NUM_THREADS"] = "1"
     train.torch.set_num_threads(1)
-    drop_torn_line(args.log)
+    open(args.log, "a", encoding="utf-8").close()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops as Ctrl-C does, and its children with it
     pool = ThreadPoolExecutor(args.jobs)
     try:
