@@ -268,8 +268,8 @@ def main():
     model, tokenizer = evaluate.load(args.model, args.adapter, device)
     encode = evaluate.encoder(tokenizer, args)
     prompts = [encode(problem["question"])[0] for problem in problems]
-    longest = (args.max_depth + 1) * args.max_new_tokens  # each step of a prefix was sampled, too
-    evaluate.check_prompts(model, problems, prompts, longest)
+    # In the longest prefix, each of max_depth steps took a sample of its own.
+    evaluate.check_prompts(model, problems, prompts, (args.max_depth + 1) * args.max_new_tokens)
     settings = {**vars(args), "weights": evaluate.weights_checksum(model),
                 "prompt_date": evaluate.FIXED_DATE}
     for name in ("model", "adapter", "data", "out", "limit", "parallel", "batch_size"):

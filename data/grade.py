@@ -1,52 +1,107 @@
-"""Whether an answer is right: find it in a completion, compare it with the gold as mathematics."""
-import cmath, json, math, operator, re
+"""
+Whether an answer is right: find it in a completion, read it as mathematics, compare it with the gold.
+
+The page goes in this order: finding the answer, one spelling, reading, computing, comparing. Model
+text is data, never code. Any string is graded, without an exception and in milliseconds: every loop is
+linear in the text, and an answer of more than LONG characters is compared as text alone.
+
+What counts as equal. Rational numbers agree exactly: 0.5 is 1/2, 0.33 is not 1/3. Roots, pi and
+functions agree to nine digits; formulas agree in value at four points. Tuples and intervals keep their
+order and brackets; lists, sets, unions and the two values of \\pm come in any order. Optional: units
+(but two that are named must agree), money signs, degrees, the base of a number, the letter of a choice,
+the "x =" of "x = 5", and the percent sign: 25% is 25, and is 1/4, but 700% is not 7.
+
+Strict is for search and training: only a marked answer counts, and it must be worked out. It has at
+most one of + - * / more than the gold, or a policy earns reward by boxing the question's own formula.
+Evaluation (strict=False) takes the last number where no answer is marked.
+"""
+import cmath
+import math
+import operator
+import re
+from collections import deque
 from fractions import Fraction
+from functools import partial
 from itertools import islice
+from typing import NamedTuple
 from zlib import crc32
-# Whether they are right
-#
-# `extract_answer` finds the answer, `is_correct` compares it with the gold: as text in one spelling, then as mathematics. For that, both are read into
-# a small tree of lists, tuples, intervals and equations whose leaves are numbers, computed by a parser of our own: model text is data, never code.
-# Any string is graded, without an exception and in milliseconds: every loop is linear in the text, and what is longer than LONG characters, deeper
-# than DEEP levels or larger than BITS bits is not computed with.
-#
-# What counts as equal. Rational numbers agree exactly: 0.5 is 1/2, 0.33 is not 1/3. Roots, pi and functions agree to nine digits; formulas agree in
-# value at three points with positive coordinates. Tuples and intervals keep order and brackets; sets, comma lists, unions and the two values of \pm
-# come in any order. Optional: units (but two that are named begin alike), money signs, degrees, the base of a number, the letter of a choice, the
-# "x =" of "x = 5", and the percent sign: 25% is 25 and is 0.25.
 
-LONG, DEEP, BITS = 400, 40, 8192
+LONG, DEEP, BITS = 400, 40, 8192  # characters, nested brackets, bits of an exact number
 
-# ---- finding the answer
+# ---- Finding the answer ------------------------------------------------------------------------------
 
-MARKER = re.compile(r"\\(?:boxed|fbox)\s{0,9}|#{4,}(?:[\s*]{0,9}(?:final )?answer\b[\s:*]{0,9})?|"  # the braces of {0,9} keep it linear
-                    r"answers?[\s*_]{0,9}(?:(?:is|are)\b(?!\s+(?:in)?correct)|[:=])[\s:*_]{0,9}", re.IGNORECASE)
-NUMBER = re.compile(r"\\[dtc]?frac\{-?[0-9]+\}\{[0-9]+\}|(?:(?<![\w)}])[-−])?\\?\$?(?:[0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+)(?:/[0-9]+)?\\?%?")
-MATH = re.compile(r"\$\$(.+?)\$\$|\\\[(.+?)\\\]|\\\((.+?)\\\)|\$(?=\S)((?:[^$\\]|\\.)+)(?<!\s)\$(?!\d)", re.DOTALL)  # "$5 or $6" is money
-WORD = r"(?:(?:a )?(?!(?:and|or|pi|sqrt|sin|cos|tan|log|ln)\b)[A-Za-z]{2,})"
-PROSE = re.compile(rf"\\[a-zA-Z]+ ?\{{[^{{}}]*\}}|((?:[ (]{WORD})+\b(?! ?[-+*/=]| {WORD}))")  # words outside \text{}, with no "=" or "+" to follow
+# Zero-width characters, tags such as </s>, <|eot_id|>, [END]. Private characters are used below.
+INVISIBLE = re.compile(r"[\u200b-\u200f\u2060\ufeff\xad\ue000-\uf8ff]|\[[A-Z]{3,9}\]|"
+                       r"<(?!answer>)[A-Za-z/|][\w|]{0,40}>")
+BOX = r"\\boxed ?\{((?:[^{}]|\{[^{}]*\})*)\}"
+FILL = r"(?:[\s$]|\\[()])*"
+REMARK = (r"\s+(?:\w+ly |indeed )?(?:right|wrong|verified|consistent|valid|confirmed|sound|checked|"
+          r"(?:in)?correct|(?:in)?accurate|(?:un)?reasonable|sensible|justified|plausible)\b")
+MARKER = re.compile(  # {0,9} in place of * keeps it linear
+    rf"(?P<boxes>(?:{BOX}{FILL}(?:,|and\b|or\b)+{FILL})+{BOX})|(?P<box>\\(?:boxed|fbox)\s{{0,9}})|"
+    r"(?P<colon>(?:[#*]{2,6}\s{0,9}(?:final )?answer\b|(?<!/)answers?[\s*_]{0,9}[:=>])[\s:*_]{0,9}"
+    r"(?:(?<=\n)[-•]\s)?)|(?P<hashes>#{4,9}(?!#|\s{0,9}\d{1,2}[.):]\s{1,9}[A-Z*]))|"  # "#### 2. Add"
+    rf"(?P<words>answers?[\s*_]{{0,9}}(?:is|are)\b(?!{REMARK})[\s:*_]{{0,9}})", re.IGNORECASE)
+BRACE = re.compile(r"\\[\\{}]|[{}]")
+BARE = re.compile(r"[-+.\d\\][^\s$]*")  # \boxed 5, but not "\boxed as you wished"
+NUMBER = re.compile(r"\\[dtc]?frac\{-?[0-9]+\}\{[0-9]+\}|(?:(?<![\w)}])[-−])?\\?\$?"
+                    r"(?:[0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+)(?:/[0-9]+)?\\?%?")
+FORMULA = re.compile(r"\$\$(.+?)\$\$|\\\[(.+?)\\\]|\\\((.+?)\\\)|"  # but "$5 or $6" is money
+                     r"\$(?=\S)((?:[^$\\]|\\.)+)(?<!\s)\$(?!\d)|(\\[a-zA-Z]+(?: ?\{[^{}]*\})?)", re.DOTALL)
+N = r"[\d\ue000-\uf8ff]"  # a digit, or a formula that was set aside
+CLAUSE_END = re.compile(rf"\n|(?<!\\)[.!?](?=\s|$)|;|(?<={N}) \((?=[\d\s+*/=$.,\ue000-\uf8ff×x-]+\))| \((?=[a-z]{{2}})|"
+                        r",?\s(?:because|since|as|which|so|where|when)\b|,(?= (?!and\b|or\b)[a-z]{2})")
+LEAD = re.compile(r"(?:(?:thus|therefore|hence|then|so|simply|just|only|also|now|exactly|about|is|"
+                  r"approximately|given by|equal to|equals) )+", re.IGNORECASE)
+NAMES = ("arcsin|arccos|arctan|sin|cos|tan|cot|sec|csc|exp|log|ln|abs|sqrt|pi|"
+         "tenths|hundredths|thousandths|hundred|thousand|million|billion|trillion")
+WORDS = re.compile(  # words of a sentence, those apart that belong to a formula
+    rf"((?:[\s,:]*(?<![\w\\])(?!(?:{NAMES}|[A-Z]+)\b)(?:[A-Za-z]{{2,}}(?:['’-][A-Za-z]+)*|a(?= [a-z]))"
+    r"(?![\w(^{_]| ?[+*/=^<>]| - ))+)")
+CHANGED = re.compile(  # words that make another number of the next, and quantities of two parts
+    r"\b(?:not|never|than|but|except|neither|nor|half|third|quarter|twice|double|triple|times|square|"
+    r"cube|root|power|sum|product|ratio|difference|multiple|divisor|factor|reciprocal|negative|opposite|"
+    r"most|least|under|below|over|above|between|up to|isn['’]t)(?: (?:of|the|an?|equal|to|exactly))* "
+    rf"\$?-?{N}|\d [a-z]+,? \$?\d|{N} [a-z]+,? and \$?{N}")
+NO_ANSWER = re.compile(r"(?:\S+ ){3}|(?:the|an?|in|on|at|by|to|of|as|for|from|that|this|what|how|not|we|it|"
+                       r"our|your|given|found)\b", re.IGNORECASE)
 VARIABLE = re.compile(r"(?<![A-Za-z\\])[A-Za-z](?![A-Za-z])")
 
 
 def extract_answer(text, strict=False):
-    """The answer behind the last marker: a box, "#### 72" or "The answer is 72.". Passed over are markers with nothing behind them and boxes that
-    never close (a truncated completion). Without a marker: None if strict, as in training, else the last number of the text."""
-    end = len(text)
-    for marker in reversed(list(MARKER.finditer(text))[-30:]):  # thirty empty markers, and there is no answer
-        answer = in_box(text, marker.end(), end) if marker[0][0] == "\\" else in_sentence(text[marker.end():end])
-        if answer:
+    """The answer behind the last marker, or None: \\boxed{72}, "#### 72", "Answer: 72", "The answer is 72."
+
+    Passed over are markers with nothing behind them and boxes that never close (a cut completion). Words
+    behind "the answer is", as in "the answer is an integer", count where no other marker has an answer.
+    Without a marker: None if strict, else the last number of the text."""
+    text = INVISIBLE.sub("", text)
+    end, words = len(text), None
+    for marker in reversed(deque(MARKER.finditer(text), maxlen=30)):  # thirty empty ones: no answer
+        kind = marker.lastgroup
+        if kind == "boxes":
+            return ", ".join(re.findall(BOX, marker[0]))
+        if kind == "box":
+            answer, at_once = in_box(text, marker.end(), end), True
+        else:
+            answer, at_once = in_sentence(text[marker.end():end])
+        if answer and (at_once or kind == "colon"):
             return answer
-        end = marker.start()  # a box that reaches an unclosed one is unclosed itself, so no character is read twice
-    last = -1 if strict else max(map(text.rfind, "0123456789"))
-    return tidy(NUMBER.findall(text[max(0, last - LONG):last + 9])[-1]) if last >= 0 else None
+        if kind == "words":
+            words = words or answer
+        end = marker.start()  # an unclosed box leaves what is before it unclosed: nothing is read twice
+    if words or strict:
+        return words or None
+    numbers = NUMBER.findall(text[-50 * LONG:])
+    return tidy(numbers[-1]) if numbers else None
 
 
 def in_box(text, start, end):
-    """What stands between the brace at `start` and its partner, "" without one; of \\boxed 5 the 5."""
+    """What stands between the brace at `start` and its partner, "" without one."""
     if text[start:start + 1] != "{":
-        return tidy(re.compile(r"[^\s{}$]*").match(text, start, end)[0])
+        bare = BARE.match(text, start, end)
+        return tidy(bare[0]) if bare else ""
     depth = 0
-    for brace in islice(re.compile(r"\\[\\{}]|[{}]").finditer(text, start, end), 1000):
+    for brace in islice(BRACE.finditer(text, start, end), 1000):
         depth += {"{": 1, "}": -1}.get(brace[0], 0)  # \{ and \} do not nest
         if depth == 0:
             return tidy(text[start + 1:brace.start()])
@@ -54,28 +109,43 @@ def in_box(text, start, end):
 
 
 def in_sentence(text):
-    """The answer with which a text begins: "36 + 36 = $72 dollars, because ..." -> 72."""
-    first = (text.split(maxsplit=1) or [""])[0]
-    if len(first) > LONG:
-        return first
-    text = MATH.sub(lambda m: " ".join(m[m.lastindex].split()), text.lstrip()[:LONG].replace("**", ""))
-    line = " ".join(re.split(r"\n|(?<!\\)[.!?](?:\s|$)", text)[0].split())
-    line = re.sub(r"\b(?:negative|minus) (?=[\d\\$])", "-", line)
-    line = re.sub(r"(?<=\d) ?[xX] ?(?=[$\d])", " * ", line)
-    line = re.sub(r"^(?:(?:[a-z]{2,}|a) )+(?=[-(\\$]*\d|\\|\([A-Z]\))", "", line)  # "equal to 5"
-    if re.match(r"[A-Za-z]{2,}(?: [^=]*)?$", line):  # "Janet makes $18 a day", or words alone: "east, since ..."
-        numbers = NUMBER.findall(line) if re.search(r"\b[a-z]{2}", line) else []
-        return tidy(numbers[-1] if numbers else re.split(r"[,;] | (?:because|since|as) ", line)[0])
-    prose = next((m for m in PROSE.finditer(line) if m[1]), None)
-    line = line[:prose.start()] if prose else line
-    left, _, right = line.rpartition("=")
-    is_value = not VARIABLE.search(right) and (len(left.strip()) == 1 or not VARIABLE.search(left))  # else the equation is the answer
-    return tidy(right if is_value else line)
+    """The answer with which a text begins, and whether it stands there at once.
+
+    "36 + 36 = $72 dollars, because" has 72, True. A sentence that opens with words has its last formula or
+    number: "the area is $2\\pi$." has 2\\pi, False. Where words change that number, it is the whole clause:
+    "less than 72". Nothing but words is an answer if they are few: "east", but not "the sum of both"."""
+    formulas = []
+
+    def set_aside(match):  # a formula becomes one character, so that what follows sees the sentence alone
+        formulas.append(" ".join(match[match.lastindex].split()))
+        return chr(0xE000 + len(formulas) - 1)
+
+    def restore(part):
+        return tidy(re.sub("[\ue000-\uf8ff]", lambda match: formulas[ord(match[0]) - 0xE000], part))
+
+    text = FORMULA.sub(set_aside, re.sub(r"\*\*|__|[`\"“”]", "", text.lstrip()[:LONG]))
+    clause = CLAUSE_END.split(respell(SPOKEN, text), 1)[0]
+    clause = LEAD.sub("", " ".join(clause.split()), 1)
+    parts = WORDS.split(clause)  # formula, words, formula, ..., words, formula
+    formulas_at = [part for part in parts[::2] if re.search(rf"[A-Za-z]|{N}", part)]
+    at_once = parts[0] in formulas_at
+    if not formulas_at or not at_once and not re.search(r"\b[a-z]{2}", clause):  # "east, since", "June 20"
+        words = re.split("[,;]", clause)[0]
+        return "" if NO_ANSWER.match(words) else restore(words), False
+    if CHANGED.search(clause):
+        return restore(clause), False
+    answer = restore(formulas_at[0 if at_once else -1])
+    left, _, right = answer.rpartition("=")
+    if not VARIABLE.search(right) and (len(left.strip()) == 1 or not VARIABLE.search(left)):
+        answer = tidy(right)  # else the equation is the answer
+    return answer, at_once
 
 
 def tidy(answer):
-    """Without what surrounds it; a plain number also without its money sign and thousands separators."""
-    answer = answer.strip().rstrip(" .,;:\\")
+    """Without what surrounds it; a plain number also without money sign and thousands separators."""
+    answer = answer.strip().lstrip(" :*_`\"“'").rstrip(" .,;:\\*_`\"”'")
+    if re.fullmatch(r"-?\d*\.\d{40,}", answer):
+        answer = answer.rstrip("0")
     if len(answer) > LONG:
         return answer
     while answer.endswith("}") and answer.count("{") < answer.count("}"):  # \boxed{The answer is 5}
@@ -84,181 +154,290 @@ def tidy(answer):
     return plain if re.fullmatch(r"-?\d*\.?\d+", plain) else answer
 
 
-# ---- comparing two answers
+# ---- One spelling for the many of LaTeX and plain text -----------------------------------------------
 
-def is_correct(completion, answer, strict=False):
-    """Does the completion end in the gold `answer`? The gold may be a bare answer or a whole solution that ends in one."""
-    found, gold = extract_answer(completion, strict), str(answer)
-    return found is not None and equal(extract_answer(gold, strict=True) or gold, found)
-
-
-def equal(gold, answer):
-    """Are two answers the same, as text or as mathematics?"""
-    gold, answer = normalise(gold), normalise(answer)
-    if not gold or gold == answer or max(len(gold), len(answer)) > LONG:
-        return gold == answer != ""
-    words, others = (re.sub(r"[\s().']", "", text).casefold() for text in (gold, answer))
-    if words.isalpha() and words == others:
-        return True
-    choice = CHOICE.fullmatch(answer)
-    if choice and not CHOICE.fullmatch(gold):  # "(C) 12" for the gold C, or for the gold 12
-        answer = choice[1] if re.fullmatch(r"\(?[A-H]\)?", gold) else choice[2]
-    units = [UNIT.search(gold), UNIT.search(answer)]
-    if all(units) and units[0][1] != units[1][1]:
-        return False
-    gold, answer = UNIT.sub("", gold), UNIT.sub("", answer)
-    if bool(BASE.search(gold)) != bool(BASE.search(answer)):
-        gold, answer = BASE.sub("", gold), BASE.sub("", answer)
-    percents = ("", "/100") if ("%" in gold) != ("%" in answer) else ("",)
-    try:
-        return any(same(read(tokenise(gold.replace("%", p))), read(tokenise(answer.replace("%", p)))) for p in percents)
-    except OverflowError:  # an exact number too large to compare with a float
-        return False
-
-
-FUNCTIONS = {"sin": cmath.sin, "cos": cmath.cos, "tan": cmath.tan, "cot": lambda z: 1 / cmath.tan(z), "sec": lambda z: 1 / cmath.cos(z),
-             "csc": lambda z: 1 / cmath.sin(z), "arcsin": cmath.asin, "arccos": cmath.acos, "arctan": cmath.atan, "exp": cmath.exp,
-             "ln": cmath.log, "log": cmath.log10}
-CONSTANTS = {"pi": cmath.pi, "e": cmath.e, "i": 1j}
-NAMES = "|".join(FUNCTIONS) + "|sqrt|pi"
-SYNONYMS = {old: new for new, olds in {
-    "": r"$ \$ £ € ¢ \( \) \[ \] \displaystyle", "-": "− – — ‐ ‑", "*": r"\cdot \times \ast × · ⋅", "/": r"\div ÷ \over", ":": r"\colon",
-    "=": r"\approx ≈", "|": r"\vert \lvert \rvert", "(": r"\langle", ")": r"\rangle", r"\{": r"\lbrace", r"\}": r"\rbrace", "<": r"\lt", ">": r"\gt",
-    "<=": r"\le \leq \leqslant ≤", ">=": r"\ge \geq \geqslant ≥", r"\pm": "±", r"\cup": "∪", r"\frac": r"\dfrac \tfrac \cfrac", r"\pi": "π pi",
-    r"\sqrt": "√ sqrt", r"\infty": "∞ infinity Infinity", r"\neq": r"\ne ≠", r"\emptyset": r"\varnothing ∅", r"\theta": "θ",
-}.items() for old in olds.split()}
-RULES = [(re.compile(pattern), replacement) for pattern, replacement in (
-    # a matrix becomes a tuple of rows in brackets; a row of one entry is that entry, so a column is a plain tuple
-    (r"\\begin\{(?:[bpB]?matrix|array)\}(?:\{[lcr|]*\})?", "(["), (r"(?:\\\\\s*)?\\end\{(?:[bpB]?matrix|array)\}", "])"),
-    (r"\\\\", "],["), ("&", ","),
-    (r"\\!\s*|\{(?=,\})|(?<=\{,)\}|(?<=\d)\\,(?=\d{3})", ""),  # 10,\!080 10{,}080 10\,080
+# A unit of measure right behind a number: a word, or an abbreviation of this list. In formulas a single
+# letter is a variable; \text{ W} is marked as unit_W by a rule below.
+A_UNIT = (r"(?:unit_[A-Za-z.]+|(?:(?:[cmk]?m|[km]g|[kmg]?hz|[kmgt]b|[km]?wh?|in|ft|yd|mi|lb|oz|ml|pt|qt|gal|sec|min|hr|"
+          r"day|wk|yr|cup|men|egg|pen)s?|[ap]m|mph|[cmk]?m/s|km/h|of|and|the|per|an?|for|at|on|by)\b|"
+          rf"(?!(?:{NAMES})\b)[A-Za-z]{{4,}})")
+UNIT = re.compile(rf"(?:(?<=[\d)}}\]i%!])|(?<=llion)) (?:(?:unit_)?(?:square|sq|cubic|cu)\.? )*({A_UNIT}"
+                  rf"(?:[ ./]+(?:{A_UNIT}|[a-z]))*)(?: ?\^\{{?[23]\}}?)?(?=$|[,)\]\\])", re.IGNORECASE)
+CHOICE = re.compile(r"\(([A-H])\) (.+)")  # (C) 12
+BASE = re.compile(r"(?<=\d)_\d+$|\s*\(? ?\\?[pb]?mod ?[{( ]*\d+[})]*$")  # 4210_5, 5 \pmod{17}
+SPOKEN = [  # words that compute
+    (r"\b(?:negative|minus) (?=[\d\\$])", "-"), (r"\bminus\b", "-"), (r"\bplus\b", "+"),
+    (r"(?<!\\)\btimes (?=[\d\\($])", "* "), (r"\bdivided by\b", "/"), (r"\bsquared\b", "^2"), (r"\bcubed\b", "^3"),
+    (r"\bfactorial\b", "!"), (r"(?<=\d) and a half\b", ".5"), (rf"(?<={N}) to (?=\$?{N})", ":"),
+    (rf"(?<={N}),? (?:and|or) (?=\$?-?{N})", ", ")]
+UPRIGHT = r"\\(?:text\w*|math(?!bb)[a-z]+|[mh]box|operatorname|emph|underline|boxed|vec|bm|boldsymbol)"
+RULES = [
+    # a matrix becomes a tuple of rows in brackets; a row of one entry is that entry, a column a plain tuple
+    (r"\\begin\{(?:[bpB]?(?:small)?matrix|array)\}(?:\{[lcr|]*\})?", "(["),
+    (r"(?:\\\\|\\cr)?\s*\\end\{(?:[bpB]?(?:small)?matrix|array)\}", "])"),
+    (r"\\\\(?:\[[\d.]+ ?[a-z]{2}\])?|\\cr(?![a-z])", "],["), ("&", ","),
+    # spaces, sizes, styles, money
+    (r"\{([,:])\}|(?<=\d)\\,(?=\d{3})|\\!\s*", lambda match: match[1] or ""),  # 10{,}080 10\,080 10,\!080
     (r"\\[,;: ]|~|\\q?quad(?![a-z])", " "),
-    (r"\\(?:left|right|[bB]igg?[lr]?)(?![a-zA-Z])", ""),
-    *2 * ((r"\\(?:text\w*|math[a-z]+|[mh]box|operatorname|boxed)\s*\{([^{}]*)\}", r" \1 "),),  # twice, for they nest
-    (r"\\(?:text\w*|math[a-z]+|boldsymbol|boxed)(?=\s*\{)", ""),
-    (r"\^?\s*(?:\{\s*\\circ\s*\}|\\circ(?![a-z])|\\degree|°)", " "),
-    (r"(?<=[\d)}])\s*(?:\\approx|≈).*", ""),  # 1/3 \approx 0.33
-    (r"\\\{\s*\\\}", r"\\emptyset "), (r"²", "^2"), (r"³", "^3"), (r"\*\*", "^"), (r"\\%|\bpercent\b", "%"),
-    (r"\b([ap])\.m\b\.?", r"\1m"), (r"(?<=\d)(?=[A-Za-z]{4,}|[ckm]m\b)", " "),  # 10 a.m. 12inches
-    (r",?\s+(?:and|or)\s+", ", "), (r"^\s*[a-zA-Z]\s*(?:\\in(?![a-z])|∈)", ""),  # x \in [0, 1]
-    (r"\s*_\s*\{\s*\(?(\w+)\)?\s*\}", r"_\1"), (r"^\s*\((\w+)\)(?=_)", r"\1"),  # (52)_{8}
-    (r"\\[dtc]?frac\s*(\d)", r"\\frac{\1}"), (r"(\\[dtc]?frac\s*\{[^{}]*\})\s*(\d)", r"\1{\2}"),  # \frac43
-    (r"(?<![\w.^])(\d+)\s*\\[dtc]?frac\s*\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}|(?<![\w.])(\d+)\s+(\d+)\s*/\s*(\d+)",
+    (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|[lL]arge|bf)(?![a-zA-Z])|\\(?:text)?color(?:box)? ?\{\w*\}", ""),
+    (rf"(?<=[\d)}}$])[\s$]*{UPRIGHT}\s*\{{\s*(?!(?:[ie]|and|or|{NAMES})\b)([A-Za-z][^{{}}]*)\}}", r" unit_\1 "),
+    (rf"{UPRIGHT}\s*\{{([^{{}}]*)\}}", r" \1 "), (rf"{UPRIGHT}(?=\s*\{{)", ""),
+    (r"\\?\$|\\[()\[\]]|[£€¢]", ""),
+    # degrees count inside a function alone
+    (r"\^?\s*(?:\{\s*\\circ\s*\}|\\circ(?![a-z])|\\degree)|°| (?:unit_)?degrees?\b", "°"),
+    (r"(sin|cos|tan|cot|sec|csc)(\^\{?\d\}?)?\s*[({]?\s*([\d.]+)\s*°[)}]?", r"\1\2{\3\\degree}"),
+    (r"°(?: *(?:unit_)?(?:[CF]|Celsius|Fahrenheit)\b)?", " "),
+    (r"(sin|cos|tan)\s*\^\s*\{\s*-1\s*\}", r"arc\1 "),
+    # numbers
+    (r"(?<=[\d)}])\s*(?:\\approx|≈).*", ""), (r"²", "^2"), (r"³", "^3"),  # 1/3 \approx 0.33
+    (r"\\%|\bpercent\b", "%"), (r"\b(unit_)?([ap])\.m\b\.?", r"\1\2m"),
+    (r"(?<=\d)(?=[A-Za-z]{4,}|[ckm]m\b|[ap]m\b)", " "),  # 12inches
+    (r"\\[dtc]frac", r"\\frac"), (r"\\[dt]binom", r"\\binom"), (r"\{(\w+) *\\choose *(\w+)\}", r"\\binom{\1}{\2}"),
+    (r"\\frac\s*(\d)", r"\\frac{\1}"), (r"(\\frac\s*\{[^{}]*\})\s*(\d)", r"\1{\2}"),  # \frac43
+    (r"(?<![\w.^])(\d+)\s*\\frac\{\s*(\d+)\s*\}\{\s*(\d+)\s*\}|(?<![\w.^])(\d+)\s+(\d+)\s*/\s*(\d+)",
      r"(\1\4+\2\5/\3\6)"),  # 1\frac{3}{4} and 1 3/4
     (r"(\d)[eE]([-+]?\d)", r"\1*10^\2"),
-    (r"(\d*)\.(\d*)\\overline\s*\{(\d+)\}", lambda m: "((%s%s%s-0%s%s)/%s%s)" % (*m.groups(), m[1], m[2], "9" * len(m[3]), "0" * len(m[2]))),
-)]
-UNIT = re.compile(rf"(?<=[\d)}}\]i]) (?:(?:square|sq|cubic)\.? )*(?!(?:{NAMES})\b)"  # after a number: " cm^2", " square inches", " miles per hour"
-                  r"(?=[A-Za-z]{3}|(?:[cmk]?m|[km]?g|in|ft|lb|oz|mi|yd|hr|[ap]m|[shLCF])\b)([A-Za-z])(?:[A-Za-z ./]|\^\{?[23]\}?)*(?=$|[,)\]\\])")
-CHOICE = re.compile(r"\(([A-H])\) (.+)")  # (C) 12
-BASE = re.compile(r"(?<=\w)_\d+$")  # 4210_5
-TOKEN = re.compile(rf"\d+(?:\.\d*)?|\.\d+|\\[a-zA-Z]+|\\.|<=|>=|\b[A-Za-z]{{4,}}|{NAMES}|[A-Z]{{2,}}|[A-Za-z]_\w|\S")  # AB is one name, xy is x times y
+    (r"(\^(?:\{[^{}]*\}|\d+ ))\s*(?=\d)", r"\1*"),  # 2^3 3^4
+    (r"\s*_\s*\{\s*\(?(\w+)\)?\s*\}", r"_\1"), (r"^\s*\((\w+)\)(?=_)", r"\1"),  # (52)_{8}
+    # lists, sets, what does not commute
+    (r",?\s+(?:and|or)\s+(?![a-z]{2})", ", "), (r"\\\{\s*\\\}", r"\\emptyset "), (r"\\[lr]?vert(?![a-z])", "|"),
+    (r"^\\\{\s*[a-z]\s*(?:\\in ?\\mathbb\{?R\}? ?)?(?:\\mid|\||:)(.*)\\\}$", r"\1"),  # \{x \mid x > 4\}
+    (r"\\mathbb\s*\{?R\}?|ℝ|all real numbers", r"(-\\infty,\\infty)"),
+    (r"^\s*[a-zA-Z]\s*(?:\\in(?![a-z])|∈)|^\((?:\\?[a-z]+, ?)+\\?[a-z]+\) ?= ?(?=\()", ""),  # x \in [0, 1]
+    (r"^([a-z]) ?= ?([^,=]+), ?(?!\1)[a-z] ?= ?([^,=]+)$", r"(\2,\3)"),  # x = 3, y = 10
+    (r"^\s*[a-z] ?(?:\\neq?(?![a-z])|≠)(.+)$", r"(-\\infty,\1),(\1,\\infty)"),
+    (r"^([(\[][^,]*,)([^,]*[)\]]) *\\setminus *\\\{([^,]*)\\\}$", r"\1\3),(\3,\2"),  # (0, 25) \setminus \{5\}
+    (r"^-([a-z])\s*(<|>|\\[lg]eq?(?![a-z])|≤|≥)(.*)$", r"-(\3) \2 \1"),  # -x > -4
+    (r"^([^|]*)\|([^|]*)$", r"\1\\mid \2"), (r"\|([^|]*)\|", r"\\abs{\1}"),
+    (r"(?<![\w\\])(\{?[A-Za-z]\}?) *(?:\\times(?![a-z])|×) *(?=\{?[A-Za-z](?!\w))", r"\1\\cross "),
+]
+SYNONYMS = {}  # of single tokens
+for row in r"""- − – — ‐ ‑;* \cdot \times \ast × · ⋅;/ \div ÷ \over;: \colon;( \langle;) \rangle;\pi π pi;
+    = \approx ≈ \equiv ≡;\{ \lbrace;\} \rbrace;< \lt;> \gt;<= \le \leq \leqslant ≤;\theta θ;\pm ±;, \cup ∪;
+    >= \ge \geq \geqslant ≥;\sqrt √ sqrt;\infty ∞ infinity Infinity;\emptyset \varnothing ∅""".split(";"):
+    SYNONYMS.update(dict.fromkeys(row.split(), row.split()[0]))
+TOKEN = re.compile(rf"\d+(?:\.\d*)?|\.\d+|\\[a-zA-Z]+|\\.|<=|>=|[A-Za-z]{{4,}}|{NAMES}|[A-Z]{{2,}}|"
+                   r"[A-Za-z]_(?:\d+|[A-Za-z])|\S")  # AB is one name, xy is x times y
+
+
+def respell(rules, text):
+    for pattern, replacement in rules:
+        text = re.sub(pattern, replacement, text)
+    return text
+
+
+def repeating(match):
+    """0.1\\overline{3} -> \\frac{12}{90}"""
+    start, nines = match[1] + match[2], "9" * len(match[3])
+    return rf"\frac{{{int(start + match[3]) - int(start or 0)}}}{{{nines}{'0' * len(match[2])}}}"
 
 
 def normalise(answer):
-    """One spelling for the many of LaTeX and plain text."""
-    if len(answer) <= LONG:
-        for pattern, replacement in RULES:
-            answer = pattern.sub(replacement, answer)
-        if not re.search(r"[(\[]|\\\{", answer):  # 1,250 is a number, (1,250) a pair
-            answer = re.sub(r"(?<=\d)[, ](?=\d{3}(?!\d))", "", answer)
-    return " ".join(answer.split()).rstrip(" .,;:")
+    """One spelling."""
+    answer = tidy(answer)
+    if len(answer) > LONG:
+        return answer
+    answer = respell(RULES, respell(SPOKEN, answer))
+    answer = re.sub(r"(\d*)\.(\d*)\\overline\s*\{(\d+)\}", repeating, answer)
+    if not re.search(r"[(\[]|\\\{", answer):  # 1,250 is a number, (1,250) a pair
+        answer = re.sub(r"(?<=\d)[, ](?=\d{3}(?!\d))", "", answer)
+    answer = " ".join(answer.split()).rstrip(" .,;:")
+    if re.match(r"[A-Za-z]{2,} .*\d", answer):  # \boxed{\text{There are 45 pens left}}
+        answer = in_sentence(answer)[0] or answer
+    return answer
 
 
-def tokenise(answer):
-    return [token for token in (SYNONYMS.get(token, token) for token in TOKEN.findall(answer)) if token]
+# ---- Reading: tokens -> tree -------------------------------------------------------------------------
+
+class Value(NamedTuple):
+    """A number or a formula."""
+    numbers: list       # at four points; exact as a Fraction, else a float or complex
+    operators: int = 0  # how many of + - * / made it
+    name: str = ""      # of a bare variable
 
 
-# ---- reading: tokens -> tree
-
-OPEN, CLOSE = ("(", "[", "{", r"\{"), (")", "]", "}", r"\}")
-
-
-def split(tokens, separators):
-    """The parts between separators outside all brackets, those separators, and whether one pair of brackets holds everything."""
-    parts, found, depth, closed = [[]], [], 0, 0
-    for token in tokens:
-        depth += (token in OPEN) - (token in CLOSE)
-        closed += depth == 0 and token in CLOSE
-        if depth == 0 and token in separators:
-            found.append(token)
-            parts.append([])
-        else:
-            parts[-1].append(token)
-    return parts, found, closed == 1 and tokens[0] in OPEN and tokens[-1] in CLOSE
+class Group(NamedTuple):
+    """Several trees. Its kind is "," for any order; for this order "(]" and the like, or "<"."""
+    kind: str           # an answer that cannot be read has its text for a kind and no items
+    items: list
 
 
-def read(tokens, depth=0):
-    """An answer as a tree: ("any", trees) in any order, ("(]", trees) in this one, ("value", numbers), ("text", string), or see relation."""
-    if depth > DEEP:
-        return "text", "".join(tokens)
-    parts, commas, bracketed = split(tokens, (",", r"\cup"))
-    if not commas and (r"\pm" in tokens or r"\mp" in tokens) and tokens[0] != r"\{":
-        parts = [[{r"\pm": plus, r"\mp": minus}.get(token, token) for token in tokens] for plus, minus in ("+-", "-+")]
-    if len(parts) > 1:
-        trees = [read(part, depth + 1) for part in parts if part]
-        return "any", [leaf for tree in trees for leaf in (tree[1] if tree[0] == "any" else [tree])]
-    sides, signs, _ = split(tokens, ("=", "<", ">", "<=", ">="))
-    if signs:
-        return relation(sides, signs, depth + 1)
-    if bracketed:
-        items, commas, _ = split(tokens[1:-1], (",",))
-        is_ordered = commas and tokens[0] in "(["
-        return (tokens[0] + tokens[-1], [read(item, depth + 1) for item in items]) if is_ordered else read(tokens[1:-1], depth + 1)
-    return leaf(tokens)
+class Equation(NamedTuple):
+    name: str           # of its left side, if that is a bare variable
+    right: NamedTuple
+    difference: Value   # left - right, up to a factor
 
 
-def leaf(tokens):
-    try:
-        return "value", [compute(tokens, point) for point in range(3)]
-    except (ValueError, ArithmeticError):
-        return "text", "".join(token for token in tokens if token not in "{}").casefold()
+class Operator(NamedTuple):
+    left: int           # how tightly it binds what stands to its left,
+    right: int          # and to its right
+    function: object
 
 
-def is_name(tokens):
-    """x, x_1, f(x), Area"""
-    return re.fullmatch(r"\\?[A-Za-z]+(_\w)?(\([a-z]\))?", "".join(tokens)) is not None
+class Reader:
+    """Reads tokens and computes on the way. ValueError or ArithmeticError where they mean nothing."""
+
+    def __init__(self, tokens):
+        self.rest = ["", *reversed(tokens)]  # the next token stands last
+        self.depth = 0
+
+    def skip(self, token):
+        """Is this the next token? Then go behind it."""
+        is_next = self.rest[-1] == token
+        if is_next:
+            self.rest.pop()
+        return is_next
+
+    def listing(self):
+        """a, b = c, d < e"""
+        trees = []
+        while not trees or self.skip(","):
+            sides, signs = [self.expression(0)], []
+            while self.rest[-1] in RELATIONS:
+                signs.append(self.rest.pop())
+                sides.append(self.expression(0))
+            trees += members(related(sides, signs))
+        return in_any_order(trees)
+
+    def expression(self, level):
+        """Reads on while operators bind tighter than `level`."""
+        self.depth += 1
+        if self.depth > DEEP:
+            raise ValueError("too deep")
+        left = self.operand()
+        while True:
+            sign = self.rest[-1]
+            if sign in POSTFIX:
+                left = apply(POSTFIX[self.rest.pop()], left)
+                continue
+            name = sign.lstrip("\\")
+            if sign in OPEN or name[:1].isalpha() and sign not in OPERATORS:
+                sign = "before a function" if name in FUNCTIONS else "beside"
+            if sign not in OPERATORS or OPERATORS[sign].left <= level:
+                break
+            self.skip(sign)
+            left = apply(OPERATORS[sign].function, left, self.expression(OPERATORS[sign].right))
+        self.depth -= 1
+        return left
+
+    def operand(self):
+        token = self.rest.pop()
+        name = token.lstrip("\\")
+        if token in ("+", "-"):
+            value = self.expression(4)
+            return apply(operator.neg, value) if token == "-" else value
+        if token[:1].isdigit() or token[:1] == ".":
+            return constant(Fraction(token))
+        if token in OPEN:
+            return self.bracket(token)
+        if token in (r"\frac", r"\binom"):
+            return apply(operator.truediv if name == "frac" else binomial, self.operand(), self.operand())
+        if token == r"\sqrt":
+            degree = self.bracket("[") if self.skip("[") else constant(Fraction(2))
+            return apply(root, self.operand(), degree)
+        if name in FUNCTIONS:
+            base = [self.operand()] if self.skip("_") else []
+            exponent = self.operand() if self.skip("^") else constant(Fraction(1))
+            argument = self.operand() if self.rest[-1] in OPEN else self.expression(2)
+            return apply(power, apply(FUNCTIONS[name], argument, *base), exponent)
+        if name in CONSTANTS:
+            return constant(CONSTANTS[name])
+        if not name[:1].isalpha():
+            raise ValueError("no expression")
+        if self.rest[-1] == "{" or self.rest[-1] == "(" and name in ("f", "g", "h"):
+            return apply(partial(opaque, name), self.operand(), constant(Fraction(0)))
+        return variable(name)
+
+    def bracket(self, opening):
+        inside = self.listing()
+        close = self.rest.pop()
+        if close not in CLOSE:
+            raise ValueError("unbalanced")
+        if isinstance(inside, Group) and inside.kind == "," and opening in "([":
+            return Group(opening + close, inside.items)
+        return inside
 
 
-def relation(sides, signs, depth):
-    """An equation as ("=", left - right up to a factor, right, is left a mere name). An inequality in a mere name as the interval it is."""
-    named = [is_name(side) for side in sides]
+def in_any_order(trees):
+    return trees[0] if len(trees) == 1 else Group(",", trees)
+
+
+def members(tree):
+    return tree.items if isinstance(tree, Group) and tree.kind == "," else [tree]
+
+
+def is_name(tree):
+    return isinstance(tree, Value) and tree.name != ""
+
+
+def related(sides, signs):
+    """The equation or inequality of these sides; the interval that it stands for, as in 3 < x."""
+    if not signs:
+        return sides[0]
     if set(signs) == {"="}:
-        left, right = (-1, 0) if named[-1] and not named[0] else (0, -1)  # 5 = x
-        kind, difference = leaf([*sides[left], "-", "(", *sides[right], ")"])
-        if kind == "value" and difference[0]:
-            difference = [number / difference[0] for number in difference]
-        return "=", (kind, difference), read(sides[right], depth), named[left]
+        left, right = sides[0], sides[-1]
+        if is_name(right) and not is_name(left):  # 5 = x
+            left, right = right, left
+        difference = apply(operator.sub, left, right)
+        scale = difference.numbers[0] or 1
+        return Equation(left.name, right, difference._replace(numbers=[y / scale for y in difference.numbers]))
     if set(signs) <= {">", ">="}:
-        return relation(sides[::-1], [sign.replace(">", "<") for sign in signs[::-1]], depth)
-    if len(sides) == 2 and any(named):  # x < 3 is -oo < x < 3
-        sides, signs = ([["-", r"\infty"], *sides], ["<", *signs]) if named[0] else ([*sides, [r"\infty"]], [*signs, "<"])
-    trees = [read(side, depth) for side in sides]
+        sides, signs = sides[::-1], [sign.replace(">", "<") for sign in signs[::-1]]
+    if len(sides) == 2 and is_name(sides[0]):
+        sides, signs = [constant(-INFINITY), *sides], ["<", *signs]
+    elif len(sides) == 2 and is_name(sides[1]):
+        sides, signs = [*sides, constant(INFINITY)], [*signs, "<"]
     if len(sides) == 3 and is_name(sides[1]):
-        return {"<": "("}.get(signs[0], "[") + {"<": ")"}.get(signs[1], "]"), [trees[0], trees[2]]
-    return " ".join(signs), trees
+        kind = {"<": "(", "<=": "["}[signs[0]] + {"<": ")", "<=": "]"}[signs[1]]
+        return Group(kind, [sides[0], sides[2]])
+    return Group(" ".join(signs), sides)
 
 
-def same(gold, answer):
-    """Are two trees equal? An equation is also its right side, but a gold equation only where its left side is a name, as in x = 5."""
-    if "any" in (gold[0], answer[0]):
-        a, b = (tree[1] if tree[0] == "any" else [tree] for tree in (gold, answer))
-        return all(any(same(x, y) for y in b) for x in a) and all(any(same(x, y) for x in a) for y in b)
-    if gold[0] == "=" != answer[0]:
-        return gold[3] and same(gold[2], answer)
-    if answer[0] == "=" != gold[0]:
-        return same(gold, answer[2])
-    kind, a, b = gold[0], gold[1], answer[1]
-    if kind != answer[0] or kind == "text":
-        return kind == answer[0] and a == b
-    if kind == "=":
-        return same(a, b)
-    if kind == "value":
-        return all(x == y if type(x) is type(y) is Fraction else cmath.isclose(x, y, rel_tol=1e-9, abs_tol=1e-12) for x, y in zip(a, b))
-    return len(a) == len(b) and all(map(same, a, b))
+def read(answer):
+    """The tree of an answer."""
+    tokens = [SYNONYMS.get(token, token) for token in TOKEN.findall(answer)]
+    trees = []
+    try:
+        for signs in ({r"\pm": "+", r"\mp": "-"}, {r"\pm": "-", r"\mp": "+"}):
+            reader = Reader([signs.get(token, token) for token in tokens])
+            trees += members(reader.listing())
+            if reader.rest != [""]:
+                raise ValueError("more than an expression")
+    except (ValueError, ArithmeticError):
+        return Group("".join(tokens).casefold(), [])
+    return in_any_order(trees if r"\pm" in tokens or r"\mp" in tokens else trees[:len(trees) // 2])
 
 
-# ---- computing: tokens -> number
+# ---- Computing: at four points, of which two are negative in half of the variables -------------------
+
+def constant(number):
+    return Value([number] * 4)
+
+
+def variable(name):
+    numbers = []
+    for point in range(4):  # of x and y one is negative: sqrt(x) sqrt(y) is not compared where both are
+        size = Fraction(crc32(f"{name} {point}".encode()) % 1999 + 1, 64)
+        is_negative = point > 1 and (ord(name[-1]) + point) % 2
+        numbers.append(-size if is_negative else size)
+    return Value(numbers, name=name)
+
+
+def apply(function, *values):
+    """function(values), point by point."""
+    if not all(isinstance(value, Value) for value in values):
+        raise ValueError("a tuple, a list or an equation is no number")
+    numbers = []
+    for arguments in zip(*[value.numbers for value in values]):
+        number = function(*arguments)
+        if not isinstance(number, Fraction):
+            if not cmath.isfinite(number):
+                raise ValueError("too large")
+        elif max(number.numerator.bit_length(), number.denominator.bit_length()) > BITS:
+            number = complex(number)
+        numbers.append(number)
+    return Value(numbers, sum(value.operators for value in values) + (function in ARITHMETIC))
+
 
 def power(base, exponent):
     if isinstance(base, Fraction) and isinstance(exponent, Fraction) and exponent.denominator == 1:
@@ -267,73 +446,123 @@ def power(base, exponent):
     return complex(base) ** complex(exponent)
 
 
-# how tightly an operator binds what stands to its left and to its right; 3 is multiplication without a sign, 4 a leading minus, 9 a single operand
-OPERATORS = {"+": (1, 1, operator.add), "-": (1, 1, operator.sub), "*": (2, 3, operator.mul), "/": (2, 3, operator.truediv), "^": (6, 5, power)}
+def root(radicand, degree):
+    return power(radicand, 1 / degree)
 
 
-def compute(tokens, point):
-    """The value of an expression at one of three points: a Fraction while exact, else a complex float. ValueError or ArithmeticError where there is
-    none. `operand(level)` reads on while operators bind tighter than its level, so that sin 2x is sin(2x), yet 1/2x is (1/2)x."""
-    rest = ["", *reversed(tokens)]
-
-    def skip(token):
-        return rest[-1] == token and bool(rest.pop())
-
-    def group(close, depth):
-        value = operand(0, depth)
-        if rest.pop() != close:
-            raise ValueError("unbalanced, or no expression")
-        return value
-
-    def operand(level, depth):
-        if depth > DEEP:
-            raise ValueError("too deep")
-        token, depth = rest.pop(), depth + 1
-        name = token.lstrip("\\")
-        if token in ("+", "-"):
-            value = operand(4, depth) * (-1 if token == "-" else 1)
-        elif token[:1].isdigit() or token[:1] == ".":
-            value = Fraction(token)
-        elif token in OPEN:
-            value = group(CLOSE[OPEN.index(token)], depth)
-        elif token == "|":
-            value = abs(group("|", depth))
-        elif token == r"\frac":
-            value = operand(9, depth) / operand(9, depth)
-        elif token == r"\sqrt":
-            degree = group("]", depth) if skip("[") else 2
-            value = power(operand(9, depth), Fraction(1) / degree)
-        elif name in FUNCTIONS:
-            base = operand(9, depth) if skip("_") else 10
-            exponent = operand(9, depth) if skip("^") else Fraction(1)
-            value = FUNCTIONS[name](complex(operand(9 if rest[-1] in OPEN else 2, depth))) / cmath.log10(complex(base))
-            value = power(value, exponent)
-        elif name in CONSTANTS:
-            value = CONSTANTS[name]
-        elif name[:1].isalpha():
-            value = Fraction(crc32(f"{name} {point}".encode()) % 1999 + 1, 64)
-        else:
-            raise ValueError("no expression")
-        while True:
-            if not isinstance(value, Fraction) and not cmath.isfinite(value):
-                raise ValueError("too large")
-            if isinstance(value, Fraction) and max(value.numerator.bit_length(), value.denominator.bit_length()) > BITS:
-                value = complex(value)
-            sign, name = rest[-1], rest[-1].lstrip("\\")
-            unsigned = (2 if name in FUNCTIONS else 3, 3, operator.mul) if sign in OPEN or name[:1].isalpha() else (0, 0, None)
-            left, right, function = OPERATORS.get(sign, unsigned)
-            if skip("!"):
-                if value not in range(171):
-                    raise ValueError("no factorial, or too large")
-                value = Fraction(math.factorial(int(value)))
-            elif left <= level:
-                return value
-            else:
-                sign in OPERATORS and rest.pop()
-                value = function(value, operand(right, depth))
-
-    return group("", 0)
+def log(number, base=10):
+    return cmath.log(number) / cmath.log(base)
 
 
-# ---------------------------------------------------------------------------------------------------
-# Its score
+def factorial(n):
+    if not isinstance(n, Fraction) or n.denominator > 1 or not 0 <= n <= 170:
+        raise ValueError("no factorial, or too large")
+    return Fraction(math.factorial(int(n)))
+
+
+def binomial(n, k):
+    if not isinstance(n, Fraction) or not isinstance(k, Fraction) or not 0 <= k <= n or n.denominator * k.denominator > 1:
+        return opaque("binomial", n, k)
+    return factorial(n) / factorial(k) / factorial(n - k)
+
+
+def opaque(name, x, y):
+    """A function of which nothing is known, but that its arguments do not commute."""
+    return crc32(name.encode()) % 1999 + x * x + 3 * y * y + x
+
+
+INFINITY = Fraction(10) ** 300
+FUNCTIONS = {"sin": cmath.sin, "cos": cmath.cos, "tan": cmath.tan, "cot": lambda z: 1 / cmath.tan(z),
+             "sec": lambda z: 1 / cmath.cos(z), "csc": lambda z: 1 / cmath.sin(z), "abs": abs, "log": log,
+             "arcsin": cmath.asin, "arccos": cmath.acos, "arctan": cmath.atan, "exp": cmath.exp, "ln": cmath.log}
+CONSTANTS = {"pi": cmath.pi, "e": cmath.e, "i": 1j, "infty": INFINITY, "hundred": Fraction(100),
+             "thousand": Fraction(10) ** 3, "million": Fraction(10) ** 6, "billion": Fraction(10) ** 9,
+             "trillion": Fraction(10) ** 12, "tenths": Fraction(1, 10), "hundredths": Fraction(1, 100),
+             "thousandths": Fraction(1, 1000)}
+OPERATORS = {"+": Operator(1, 1, operator.add), "-": Operator(1, 1, operator.sub),
+             "*": Operator(2, 3, operator.mul), "/": Operator(2, 3, operator.truediv), "^": Operator(6, 5, power),
+             "beside": Operator(3, 3, operator.mul),             # 1/2x is (1/2)x,
+             "before a function": Operator(2, 3, operator.mul),  # and sin x cos y is (sin x)(cos y)
+             ":": Operator(1, 1, partial(opaque, ":")), r"\mid": Operator(1, 1, partial(opaque, "mid")),
+             r"\setminus": Operator(1, 1, partial(opaque, "-")), r"\cross": Operator(2, 3, partial(opaque, "x"))}
+POSTFIX = {"!": factorial, r"\degree": lambda angle: complex(angle) * cmath.pi / 180}
+ARITHMETIC = (operator.add, operator.sub, operator.mul, operator.truediv)
+RELATIONS = ("=", "<", ">", "<=", ">=")
+OPEN, CLOSE = ("(", "[", "{", r"\{"), (")", "]", "}", r"\}")
+
+
+# ---- Comparing ---------------------------------------------------------------------------------------
+
+def is_correct(completion, answer, strict=False):
+    """Does a completion end in the gold `answer`? The gold may be a whole solution that ends in one."""
+    found = extract_answer(completion, strict)
+    gold = extract_answer(str(answer), strict=True) or str(answer)
+    return found is not None and equal(gold, found, strict)
+
+
+def equal(gold, answer, strict=False):
+    """Are two answers the same, as text or as mathematics? Strict: and is the second worked out?"""
+    gold, answer = normalise(gold), normalise(answer)
+    if not gold or not answer or max(len(gold), len(answer)) > LONG or gold.casefold() == answer.casefold():
+        return gold.casefold() == answer.casefold() != ""
+    choice = CHOICE.fullmatch(answer)
+    if choice and not CHOICE.fullmatch(gold):  # "(C) 12" for the gold C, or for the gold 12
+        answer = choice[1] if re.fullmatch(r"\(?[A-H]\)?", gold) else choice[2]
+    units = [match[1] for match in (UNIT.search(gold), UNIT.search(answer)) if match]
+    if len(units) == 2 and not abbreviates(*units):
+        return False
+    gold, answer = UNIT.sub("", gold), UNIT.sub("", answer)
+    if bool(BASE.search(gold)) != bool(BASE.search(answer)):
+        gold, answer = BASE.sub("", gold), BASE.sub("", answer)
+    if strict and len(re.findall(r"\) ?\(", answer)) > len(re.findall(r"\) ?\(", gold)):
+        return False  # not multiplied out
+    percents = [""]
+    if ("%" in gold) != ("%" in answer) and not any(text.isdigit() for text in (gold, answer)):
+        percents = ["", "/100"]
+    try:
+        return any(same(read(gold.replace("%", p)), read(answer.replace("%", p)), strict) for p in percents)
+    except OverflowError:  # an exact number too large to compare with a float
+        return False
+
+
+def abbreviates(unit, other):
+    """Is one of two units short for the other, as hr is for hours?"""
+    names = [re.sub("unit_|[^a-z]", "", name.lower()) for name in (unit, other)]
+    short, long = sorted(names, key=len)
+    letters = iter(long)
+    return short[:1] == long[:1] and all(letter in letters for letter in short.rstrip("s"))
+
+
+def same(gold, answer, strict):
+    """Are two trees equal? An equation is also its right side; a gold one, if its left side is a name."""
+    if "," in (gold[0], answer[0]):
+        others = members(answer)
+        for item in members(gold):
+            partners = [other for other in members(answer) if same(item, other, strict)]
+            others = [other for other in others if other not in partners]
+            if not partners:
+                return False
+        return not others
+    if isinstance(gold, Equation) and isinstance(answer, Equation):
+        return same(gold.difference, answer.difference, strict)
+    if isinstance(gold, Equation):
+        return gold.name != "" and same(gold.right, answer, strict)
+    if isinstance(answer, Equation):
+        return same(gold, answer.right, strict)
+    if isinstance(gold, Group) and isinstance(answer, Group):
+        is_alike = gold.kind == answer.kind and len(gold.items) == len(answer.items)
+        return is_alike and all(map(partial(same, strict=strict), gold.items, answer.items))
+    if isinstance(gold, Group) or isinstance(answer, Group):
+        return False
+    if strict and answer.operators > gold.operators + 1:
+        return False
+    return all(map(close, gold.numbers, answer.numbers, range(4)))
+
+
+def close(x, y, point):
+    """Are two numbers equal, exactly or to nine digits? Where variables are negative, if both are real."""
+    if isinstance(x, Fraction) and isinstance(y, Fraction):
+        return x == y
+    if point > 1 and abs(x.imag) + abs(y.imag) > 1e-9:
+        return True
+    return cmath.isclose(x, y, rel_tol=1e-9, abs_tol=1e-12)
