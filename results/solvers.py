@@ -77,7 +77,7 @@ def run_metrics(_, group):
     return False
 
 def time_groups(run, method, groups):
-    """Milliseconds of `run` over the groups: median, lowest, highest; and how often it fell back."""
+    """Milliseconds of `run` over the groups (median and range), and how often it fell back."""
     run(method, groups[0])  # warm up
     times = []
     fallbacks = 0
