@@ -171,14 +171,14 @@ def satisfaction(a, rows):
 
 
 # ---- Quadratic programs (Eq. 1, App. B) ---------------------------------------------------------
-def nearest(target, constraints=(), penalty=lambda a: (0, 0)):
+def nearest(target, start, constraints=(), penalty=lambda a: (0, 0)):
     """argmin |a - target|^2 + penalty(a), a function that returns its gradient, too; by SLSQP."""
     def objective(a):
         value, gradient = penalty(a)
         return (a - target) @ (a - target) + value, 2 * (a - target) + gradient
 
     # App. B's ftol, 1e-8, leaves errors of 3e-5 in a, which would blur the nudges of qp_soft.
-    result = minimize(objective, target, jac=True, method="SLSQP", constraints=constraints,
+    result = minimize(objective, start, jac=True, method="SLSQP", constraints=constraints,
                       options={"maxiter": 1000, "ftol": 1e-12})
     if not result.success:  # result.x would look like an answer all the same
         raise NoSolution(f"SLSQP: {result.message}")
@@ -193,14 +193,14 @@ def qp_hard(r, constraints, margin=1e-2):
     For binary r it is std-normalised GRPO with nudges below the margin on samples of triplets."""
     if np.std(r) < 1e-9:
         raise NoSolution(f"qp_hard: all of {r} are equal")
-    target = (r - np.mean(r)) / np.std(r)  # the same solution, since 1'a and |a| are given
+    start = (r - np.mean(r)) / np.std(r)  # the solution without rows
     i, j = constraints.rows.T
     order = np.eye(len(r))[j] - np.eye(len(r))[i]  # order @ a >= margins
     margins = np.repeat([0.0, margin], [len(constraints.pair), len(constraints.triplet)])
     equal = {"type": "eq", "fun": lambda a: np.array([a.sum(), a @ a - len(a)]),
              "jac": lambda a: np.stack([np.ones(len(a)), 2 * a])}
     ordered = {"type": "ineq", "fun": lambda a: order @ a - margins, "jac": lambda a: order}
-    return nearest(target, [equal, ordered])
+    return nearest(start / 2, start, [equal, ordered])  # any multiple of r has the same solution
 
 def qp_soft(r, constraints, lam=1.0, margin=1e-3):
     """The penalised program of App. B, with one margin for pairs and triplets:
@@ -215,7 +215,7 @@ def qp_soft(r, constraints, lam=1.0, margin=1e-3):
         slope = np.bincount(i, short, len(a)) - np.bincount(j, short, len(a))
         return lam * short @ short, 2 * lam * slope
 
-    return nearest(r - np.mean(r), penalty=penalty)
+    return nearest(r - np.mean(r), r - np.mean(r), penalty=penalty)
 
 
 # ---- The estimators: Group -> advantages (N,) ----------------------------------------------------

@@ -23,8 +23,7 @@ PROGRAMS = ["qp_hard", "qp_hard_staged", "qp_soft"]
 properties = settings(deadline=None, max_examples=60, derandomize=True, database=None)
 
 
-# ---- Groups to test with ----
-
+# ---- Groups to test with ------------------------------------------------------------------------
 def random_group(seed, size=16, samples=16, shaped=False):
     """A bushy random tree, a third of the samples solved, some samples at the same node. Rewards
     are 1 and 0, or, if shaped, quarters from -1 to 2 that know nothing of `solved`."""
@@ -41,12 +40,10 @@ def random_group(seed, size=16, samples=16, shaped=False):
     return Group(rng.integers(0, size, samples), np.array(parent), rewards, solved,
                  teacher=rng.random(size), mc=rng.random(size))
 
-
 seeds = st.integers(0, 10 ** 6)
 groups = st.builds(random_group, seeds, st.integers(6, 20), st.integers(4, 20))
 shaped_groups = st.builds(random_group, seeds, st.integers(6, 20), st.integers(4, 20),
                           shaped=st.just(True))
-
 
 def run(method, group, **changes):
     """The advantages of a group, some of its fields changed."""
@@ -54,10 +51,8 @@ def run(method, group, **changes):
     assert used == method
     return a
 
-
 def constraints_of(group):
     return order_constraints(group.node, group.parent, group.solved)
-
 
 def before_centring(method, group):
     """What an estimator has before it subtracts the group's mean, such as r - alpha V."""
@@ -65,16 +60,13 @@ def before_centring(method, group):
         patch.setattr(advantage, "centred", lambda a: a)
         return ESTIMATORS[method](group)
 
-
 def numbers(text):
     """"7/10 -1/6 0" as floats."""
     return np.array([float(Fraction(word)) for word in text.split()])
 
-
 def gap(a, rows):
     """a_j - a_i of each row (i, j)."""
     return a[rows[:, 1]] - a[rows[:, 0]]
-
 
 def is_below(parent, v, root):
     """Whether node v is root or lies below it, by walking up."""
@@ -85,13 +77,11 @@ def is_below(parent, v, root):
     return False
 
 
-# ---- The paper's own example ----
-
+# ---- The paper's own example --------------------------------------------------------------------
 # Figure 5: Q-A, Q-A-B, Q-E-F, Q-A-B-C (fails), Q-A-B-C (succeeds), Q-A-J, Q-H, Q-E, as in Table 5
 Q, A, AB, ABC, AJ, E, EF, H = range(8)
 FIGURE_5 = Group(node=[A, AB, EF, ABC, ABC, AJ, H, E], parent=[-1, Q, A, AB, A, Q, E, Q],
                  rewards=[1, 0, 0, 0, 1, 1, 1, 1], mc=[np.nan, 0.5, 0.25, 0, 0.5, 0.25, 1, 0])
-
 
 @pytest.mark.parametrize("value, expected", [
     # of A, AB, EF, ABC, ABC, AJ, H, E
@@ -102,7 +92,6 @@ FIGURE_5 = Group(node=[A, AB, EF, ABC, ABC, AJ, H, E], parent=[-1, Q, A, AB, A, 
 def test_table_4(value, expected):
     V = getattr(advantage, value)(FIGURE_5)
     assert V == approx(numbers(expected), abs=1e-15)
-
 
 @pytest.mark.parametrize("method, expected", [
     # printed 3/5 for Q-E
@@ -117,7 +106,6 @@ def test_table_5_before_and_after_centring(method, expected):
     assert before_centring(method, FIGURE_5) == approx(expected, abs=1e-15)
     assert run(method, FIGURE_5) == approx(centred(expected), abs=1e-15)
 
-
 def test_figure_5_has_one_pair_and_no_triplet():
     """App. C: Q-A-B fails, its extension Q-A-B-C succeeds, and the example "doesn't fully capture
     all C_triplet conditions"."""
@@ -126,15 +114,13 @@ def test_figure_5_has_one_pair_and_no_triplet():
     assert c.triplet.shape == (0, 2)
     assert c.dropped == 0
 
-
 def test_worked_examples_in_docstrings_do_not_drift():
     result = doctest.testmod(advantage)
     assert result.failed == 0
     assert result.attempted >= 3
 
 
-# ---- The order ----
-
+# ---- The order ----------------------------------------------------------------------------------
 def slow_constraints(group):
     """Sec. 3.2, word by word, as loops over i, j, k; every contradictory row included."""
     node = group.node
@@ -162,7 +148,6 @@ def slow_constraints(group):
                     triplet.add((i, j))
     return pair, triplet
 
-
 @properties
 @given(shaped_groups)
 def test_constraints_match_the_obvious_triple_loop(group):
@@ -179,7 +164,6 @@ def test_constraints_match_the_obvious_triple_loop(group):
     assert list(map(tuple, everything.triplet)) == sorted(triplet)
     assert everything.dropped == 0
 
-
 @properties
 @given(groups)
 def test_what_is_kept_has_chains_of_one_link(group):
@@ -188,14 +172,12 @@ def test_what_is_kept_has_chains_of_one_link(group):
     rows = constraints_of(group).rows
     assert not set(rows[:, 0]) & set(rows[:, 1])
 
-
 @properties
 @given(groups)
 def test_subtrees_match_a_walk_to_the_root(group):
     inside = in_subtree(group)
     for v, k in np.ndindex(*inside.shape):
         assert inside[v, k] == is_below(group.parent, group.node[k], v)
-
 
 def test_which_estimators_keep_which_constraints():
     """Pairs never separate the estimators. Of triplets some keep all, some none, as ties do not
@@ -220,13 +202,11 @@ def test_which_estimators_keep_which_constraints():
     for method in ("loo", "treepo", "treerl", "mc", "teacher"):
         assert 0 < np.mean(triplet[method]) < 1, method
 
-
 def test_satisfaction_is_strict_and_nan_without_rows():
     a = np.array([0, 0, 1])
     assert satisfaction(a, np.array([[0, 2], [1, 2], [0, 1]])) == 2 / 3
     assert satisfaction(a, np.array([[0, 1]])) == 0
     assert np.isnan(satisfaction(a, np.zeros((0, 2), int)))
-
 
 def test_metrics_of_one_group_by_hand():
     """A and B fail, A-C and B-D succeed, and so does a sample at E: pairs (A, A-C) and (B, B-D),
@@ -242,7 +222,6 @@ def test_metrics_of_one_group_by_hand():
     assert row["adv_var"] == approx(6 / 5)
     assert row["adv_var_scaled"] == approx(6 / 5 / (4 / 5) ** 2)
 
-
 def test_metrics_where_there_is_nothing_to_measure():
     """A dead group has no variance, and advantages that are all 0 no scale. Neither is a nan, which
     would spoil the mean over groups."""
@@ -256,8 +235,7 @@ def test_metrics_where_there_is_nothing_to_measure():
     assert "adv_var_scaled" not in row
 
 
-# ---- The values ----
-
+# ---- The values ---------------------------------------------------------------------------------
 @properties
 @given(shaped_groups)
 def test_values_match_loops_over_subtrees(group):
@@ -280,7 +258,6 @@ def test_values_match_loops_over_subtrees(group):
         expected = np.mean(group.rewards[others])
         assert advantage.V_leave_one_out(group)[k] == approx(expected)
 
-
 def test_leave_one_out_falls_back_to_the_parent_then_to_the_group():
     """Question -> A -> B -> C. A sample at B is alone there and has A's for company. One at C has
     none at B, so the group's, not A's. One alone in its group has V = 0."""
@@ -290,13 +267,11 @@ def test_leave_one_out_falls_back_to_the_parent_then_to_the_group():
     assert advantage.V_leave_one_out(at_c)[0] == approx(2 / 3)
     assert advantage.V_leave_one_out(Group([1], [-1, 0], [1])) == [0]
 
-
 def test_prefixes_without_relatives_turn_expectation_into_flat_at_half_the_step():
     """What drawing a group from many problems does: every V is the sample's own reward, and
     Tree-OPO is flat GRPO with 1 - alpha of the step."""
     group = Group(node=[1, 2, 3, 4], parent=[-1, 0, 0, 0, 0], rewards=[1, 0, 0, 1], alpha=0.5)
     assert run("expectation", group) == approx(run("flat", group) / 2)
-
 
 @pytest.mark.parametrize("method, expected", [
     # the other seven have 4 successes where the own one counts, else 5
@@ -318,7 +293,6 @@ def test_other_baselines_by_hand(method, expected):
     expected = numbers(expected)
     assert before_centring(method, FIGURE_5) == approx(expected, abs=1e-15)
     assert run(method, FIGURE_5) == approx(centred(expected), abs=1e-15)
-
 
 @settings(properties, max_examples=40)
 @given(shaped_groups, st.sampled_from([0.5, 1.0]))
@@ -368,8 +342,7 @@ def test_other_baselines_match_slow_obvious_ones(group, alpha):
         assert fast["teacher"][k] == r - alpha * group.teacher[p]
 
 
-# ---- Lemmas 3.1 and 3.2, by enumeration ----
-
+# ---- Lemmas 3.1 and 3.2, by enumeration ---------------------------------------------------------
 # A policy of two binary tokens with three logits: of the first token, and of the second after 0 and
 # after 1. Samples start at the question (node 0), after token 0 (node 1) or after token 1 (node 2).
 TOY_PARENT = [-1, 0, 0]
@@ -377,21 +350,17 @@ TOY_NODE = [0, 0, 1, 1, 2]
 TOY_ENDINGS = [[(0, 0), (0, 1), (1, 0), (1, 1)], [(0, 0), (0, 1)], [(1, 0), (1, 1)]]
 TOY_REWARD = [[0, 1], [1, 1 / 4]]  # of the first and the second token
 
-
 ONE = 1 / (1 + np.exp([-0.3, 0.7, -1.1]))  # (3,) the probability of token 1
-
 
 def token_probability(logit, token):
     if token == 1:
         return ONE[logit]
     return 1 - ONE[logit]
 
-
 class ToySample(NamedTuple):
     probability: float
     reward: float
     score: np.ndarray  # (3,) grad log pi
-
 
 def toy_sample(node, tokens):
     """One completion; its prefix is given, and has no probability."""
@@ -403,7 +372,6 @@ def toy_sample(node, tokens):
         probability *= token_probability(0, first)
         score[0] = first - ONE[0]
     return ToySample(probability, TOY_REWARD[first][second], score)
-
 
 def expected_gradient(estimate, node):
     """E[1/K sum_k a_k grad log pi(c_k | p_k)] and grad E[1/K sum_k r_k], both (3,) and exact.
@@ -419,7 +387,6 @@ def expected_gradient(estimate, node):
         exact += weight * rewards @ scores
     return mean, exact
 
-
 def toy_estimate(method, node=TOY_NODE, alpha=0.7):
     """The estimator on the toy, before it centres."""
     values = np.array([0.9, 0.2, 0.4])
@@ -429,7 +396,6 @@ def toy_estimate(method, node=TOY_NODE, alpha=0.7):
         return before_centring(method, group)
     return estimate
 
-
 @pytest.mark.parametrize("method", ["none", "loo", "rloo", "mc", "teacher", "treerl"])
 def test_lemma_3_1_holds_for_estimators_that_ignore_the_own_reward(method):
     """Before centring, which costs 1 / N for all alike. treerl is 2 r - V: twice the gradient."""
@@ -437,7 +403,6 @@ def test_lemma_3_1_holds_for_estimators_that_ignore_the_own_reward(method):
     if method == "treerl":
         exact = 2 * exact
     assert mean == approx(exact, abs=1e-12)
-
 
 @properties
 @given(groups, st.integers(0, 99))
@@ -455,14 +420,12 @@ def test_which_baselines_ignore_the_own_reward(group, seed):
         ignores = method not in ("treepo", "treerpo")
         assert (abs(after - before) < 1e-12) == ignores, method
 
-
 @pytest.mark.parametrize("node, n", [([2], 1), ([1, 1, 1], 3)])
 def test_own_reward_in_the_value_shrinks_the_gradient(node, n):
     """V_E as printed: of n samples in its subtree, p_k's own has weight 1/n, and 1 - alpha/n is
     left of its gradient; of a lone one's, 1 - alpha."""
     mean, exact = expected_gradient(toy_estimate("expectation", node, alpha=0.5), node)
     assert mean == approx((1 - 0.5 / n) * exact, abs=1e-12)
-
 
 def test_own_reward_in_the_value_turns_the_gradient():
     """Where subtrees differ in size, the result is no multiple of the gradient any more."""
@@ -474,14 +437,12 @@ def test_own_reward_in_the_value_turns_the_gradient():
         mean, exact = expected_gradient(toy_estimate(method, alpha=0.5), TOY_NODE)
         assert np.abs(mean - exact).max() > 1e-2
 
-
 def test_centring_by_the_group_mean_keeps_one_minus_one_over_n():
     """The group mean holds the own reward, too, as in GRPO: the direction is right, the step is
     shorter by 1 / N."""
     mean, exact = expected_gradient(
         lambda rewards: advantages("flat", TOY_NODE, TOY_PARENT, rewards)[0], TOY_NODE)
     assert mean == approx((1 - 1 / 5) * exact, abs=1e-12)
-
 
 def test_lemma_3_2_the_expected_reward_minimises_the_variance():
     """Var[r - V(p)] over p and r is least at V = E[r | p], for Bernoulli rewards at three prefixes
@@ -497,8 +458,7 @@ def test_lemma_3_2_the_expected_reward_minimises_the_variance():
         assert variance(p) <= variance(rng.random(3))
 
 
-# ---- The programs, against an exact solution ----
-
+# ---- The programs, against an exact solution ----------------------------------------------------
 def project(target, rows, margins):
     """The point nearest to target (N,) with a_j - a_i >= margin in each row: least-distance
     programming (Lawson & Hanson 1974, ch. 23), min |E u - e| with u >= 0, e = (0, ..., 0, 1).
@@ -518,11 +478,9 @@ def project(target, rows, margins):
         raise NoSolution("the rows contradict each other at these margins")
     return target - residual[:N] / residual[N]
 
-
 def margins_of(c, margin):
     """0 on pairs, the margin on triplets, in the order of c.rows."""
     return np.repeat([0.0, margin], [len(c.pair), len(c.triplet)])
-
 
 def exact_hard(target, c, margin):
     """
@@ -540,7 +498,6 @@ def exact_hard(target, c, margin):
     s = scipy.optimize.brentq(excess, 0, 1e3 / np.linalg.norm(t), xtol=1e-13, rtol=1e-13)
     return project(s * t, c.rows, margins)
 
-
 @properties
 @given(seeds, st.integers(2, 12))
 def test_the_exact_projection_is_isotonic_regression_on_a_chain(seed, n):
@@ -554,7 +511,6 @@ def test_the_exact_projection_is_isotonic_regression_on_a_chain(seed, n):
             lowest.append(min(target[i:j].mean() for j in range(k + 1, n + 1)))
         assert a[k] == approx(max(lowest), abs=1e-9)
 
-
 def test_redundant_rows_do_not_derail_the_exact_projection():
     """Two proven, two unproven siblings: the fourth row depends on three. scipy's nnls returned
     [-0.23, 0.13, -0.22, 0.32] here. Rows 0 -> 2, 0 -> 3 and 1 -> 2, 1 -> 3 bind alike."""
@@ -562,7 +518,6 @@ def test_redundant_rows_do_not_derail_the_exact_projection():
     target = np.array([0.25, -0.15, -0.8, -0.4])
     a = project(target, family, np.full(4, 0.01))
     assert a == approx(np.array([-0.28, -0.28, -0.27, -0.27]), abs=1e-9)
-
 
 @properties
 @given(groups)
@@ -574,7 +529,6 @@ def test_convex_program_at_margin_zero_returns_centred_rewards(group):
     assert project(r0, rows, np.zeros(len(rows))) == approx(r0, abs=1e-12)
     assert r0 @ r0 <= len(r0) / 4
 
-
 @properties
 @given(groups, st.floats(0.01, 1))
 def test_staged_target_keeps_every_row_by_itself(group, alpha):
@@ -582,7 +536,6 @@ def test_staged_target_keeps_every_row_by_itself(group, alpha):
     nothing to it, either. With the teacher's V it would."""
     staged = group.rewards - alpha * advantage.V_expectation(group)
     assert gap(staged, constraints_of(group).rows).min(initial=1) >= 0
-
 
 @properties
 @given(groups, st.integers(0, 99))
@@ -596,7 +549,6 @@ def test_theorem_3_4_variance_never_grows_at_margin_zero(group, seed):
     if gap(target, rows).min(initial=0) < -1e-6:
         assert a.var() < target.var()
 
-
 @properties
 @given(groups, st.floats(1e-3, 0.5))
 def test_a_margin_makes_the_variance_grow(group, margin):
@@ -607,7 +559,6 @@ def test_a_margin_makes_the_variance_grow(group, margin):
     d = project(r0, c.rows, margins_of(c, margin)) - r0
     assert d @ r0 == approx(0, abs=1e-12)
     assert (d @ d > 1e-12) == (len(c.triplet) > 0)
-
 
 @properties
 @given(groups, st.sampled_from([0.0, 0.01, 0.2]))
@@ -626,7 +577,6 @@ def test_hard_program_is_grpo_with_nudges(group, margin):
     if len(c.triplet) == 0:
         assert by_hand == approx(run("grpo", group), abs=1e-10)
 
-
 @settings(properties, max_examples=40)
 @given(shaped_groups, st.sampled_from([0.01, 0.2]))
 def test_hard_program_on_any_rewards_agrees_with_the_exact_solution(group, margin):
@@ -643,7 +593,6 @@ def test_hard_program_on_any_rewards_agrees_with_the_exact_solution(group, margi
     assert gap(a, c.triplet).min(initial=1) >= margin - 1e-8
     assert gap(a, c.pair).min(initial=1) >= -1e-8
 
-
 def test_hard_program_hardly_ever_gives_up():
     """On shaped rewards, too, else the fallback would be what is trained with."""
     solved = 0
@@ -652,15 +601,14 @@ def test_hard_program_hardly_ever_gives_up():
         solved += advantages("qp_hard", **vars(group))[1] == "qp_hard"
     assert solved >= 95
 
-
-@pytest.mark.parametrize("scale", [1e-4, 1, 1e6])
+@pytest.mark.parametrize("scale", [1e-4, 1e6])
 def test_the_hard_program_does_not_see_the_scale_of_rewards(scale):
-    """An objective of a million would end SLSQP before it has begun."""
-    group = random_group(2, shaped=True)
-    c = constraints_of(group)
-    expected = qp_hard(group.rewards, c)
-    assert qp_hard(scale * group.rewards + 3 * scale, c) == approx(expected, abs=1e-6)
-
+    """SLSQP gives up where the objective is of the order of a million."""
+    for seed in range(20):
+        group = random_group(seed, shaped=True)
+        c = constraints_of(group)
+        expected = exact_hard(group.rewards, c, margin=0.01)
+        assert qp_hard(scale * (group.rewards + 3), c) == approx(expected, abs=1e-6)
 
 @properties
 @given(groups, st.floats(0.1, 0.9))
@@ -674,7 +622,6 @@ def test_qp_hard_staged_is_the_program_on_staged_rewards(group, alpha):
     if gap(normalised, c.triplet).min(initial=1) >= group.margin:
         assert a == approx(normalised, abs=1e-6)
     assert gap(a, c.triplet).min(initial=1) >= group.margin - 1e-8
-
 
 @properties
 @given(groups, st.integers(0, 99), st.sampled_from([1e-3, 0.2]), st.sampled_from([0.3, 1.0, 10.0]))
@@ -692,7 +639,6 @@ def test_soft_program_has_zero_gradient(group, seed, margin, lam):
     assert np.abs(gradient).max() < 1e-4
     assert abs(a.mean()) < 1e-6
 
-
 def test_soft_program_on_one_triplet_by_hand():
     """A and B fail, A-C succeeds: A and B share 2 lam delta / (1 + 2 lam) of the margin."""
     group = Group(node=[1, 2, 3], parent=[-1, 0, 0, 1], rewards=[0, 0, 1])
@@ -701,7 +647,6 @@ def test_soft_program_on_one_triplet_by_hand():
     step = lam * margin / (1 + 2 * lam)
     expected = centred(group.rewards) + [-step, step, 0]
     assert run("qp_soft", group) == approx(expected, abs=1e-6)
-
 
 @pytest.mark.parametrize("shape", ["deep", "wide"])
 def test_the_programs_on_64_samples(shape):
@@ -723,10 +668,8 @@ def test_the_programs_on_64_samples(shape):
     push = np.bincount(c.rows[:, 1], short, 64) - np.bincount(c.rows[:, 0], short, 64)
     assert a - centred(group.rewards) == approx(push, abs=1e-5)  # the gradient is 0
 
-
 ONE_ROW = Constraints(np.zeros((0, 2), int), np.array([[0, 1]]), 0)
 BOTH_WAYS = Constraints(np.zeros((0, 2), int), np.array([[0, 1], [1, 0]]), 0)
-
 
 @pytest.mark.parametrize("rewards, constraints, margin", [
     ([0, 0, 1], BOTH_WAYS, 0.01),  # margins that contradict each other
@@ -737,7 +680,6 @@ def test_programs_without_solution_say_so(rewards, constraints, margin):
     """Solvers return numbers all the same."""
     with pytest.raises(NoSolution):
         qp_hard(np.array(rewards), constraints, margin)
-
 
 @pytest.mark.parametrize("method, failures, expected", [
     ("qp_hard", 0, "qp_hard"), ("qp_hard", 1, "qp_soft"), ("qp_hard", 2, "flat"),
@@ -762,8 +704,7 @@ def test_a_solver_that_fails_falls_back_and_is_reported(monkeypatch, method, fai
     assert a == approx(like)
 
 
-# ---- The projected values of App. A.7 ----
-
+# ---- The projected values of App. A.7 -----------------------------------------------------------
 @properties
 @given(shaped_groups)
 def test_projected_values_are_the_nearest_that_rise_along_the_tree(group):
@@ -780,7 +721,6 @@ def test_projected_values_are_the_nearest_that_rise_along_the_tree(group):
     for p, value in zip(prefixes, expected):
         assert values[group.node == p] == approx(value, abs=1e-9)
 
-
 def test_theorem_a_7_projected_values_come_nearer_to_values_of_the_class():
     """For true values that rise along the tree the projection errs less than the means do, whatever
     the rewards. On a tree where a wrong step leads down, no such thing holds."""
@@ -794,8 +734,7 @@ def test_theorem_a_7_projected_values_come_nearer_to_values_of_the_class():
         assert after <= before + 1e-12
 
 
-# ---- What every method must keep ----
-
+# ---- What every method must keep ----------------------------------------------------------------
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("reward", [0, 1, 0.1, -2.5, True])
 def test_equal_rewards_give_zeros_exactly(method, reward):
@@ -807,13 +746,11 @@ def test_equal_rewards_give_zeros_exactly(method, reward):
     assert a.dtype == np.float64
     assert used == method
 
-
 def test_none_is_reinforce_without_a_baseline():
     """Sec. 3.1's objective: neither centred nor zero where all samples succeed, as a teacher's
     do."""
     assert advantages("none", [0, 0], [-1], [1, 1])[0].tolist() == [1, 1]
     assert advantages("none", [0, 0], [-1], [1, 0])[0].tolist() == [1, 0]
-
 
 @pytest.mark.parametrize("method", METHODS)
 @settings(properties, max_examples=15)
@@ -840,7 +777,6 @@ def test_order_of_samples_and_names_of_nodes_do_not_matter(method, group, seed):
                   teacher=group.teacher[old], mc=group.mc[old])
     assert renamed == approx(a, abs=1e-6)
 
-
 @settings(properties, max_examples=40)
 @given(shaped_groups, st.floats(-2, 2))
 def test_adding_a_constant_to_rewards_changes_nothing(group, shift):
@@ -851,7 +787,6 @@ def test_adding_a_constant_to_rewards_changes_nothing(group, shift):
         if used == used_after:
             assert after == approx(before, abs=1e-5), method
 
-
 @properties
 @given(groups)
 def test_grpo_has_unit_variance_and_alpha_zero_is_flat(group):
@@ -861,7 +796,6 @@ def test_grpo_has_unit_variance_and_alpha_zero_is_flat(group):
                    "v_sae"):
         assert run(method, group, alpha=0) == approx(flat)
     assert run("qp_hard_staged", group, alpha=0) == approx(run("qp_hard", group))
-
 
 def test_arguments_are_left_alone():
     """What comes back may be changed by its owner, "none" and its rewards included."""
@@ -876,7 +810,6 @@ def test_arguments_are_left_alone():
     assert parent.tolist() == [-1, 0, 0, 1]
     assert rewards.tolist() == [0, 0, 1]
     assert values.tolist() == [0.1, 0.2, 0.3, 0.4]
-
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_tree_of_20_000_nodes_costs_no_more_than_its_group(method):
@@ -895,11 +828,9 @@ def test_a_tree_of_20_000_nodes_costs_no_more_than_its_group(method):
     assert min(seconds) < 0.1
 
 
-# ---- What forks do ----
-
+# ---- What forks do ------------------------------------------------------------------------------
 # A fails, A-B succeeds with a long completion, its sibling C fails.
 FORK = dict(node=[1, 2, 3], parent=[-1, 0, 1, 0], lengths=[50, 200, 100], logps=[-10, -30, -20])
-
 
 def test_a_fork_with_a_constant_baseline(monkeypatch):
     """If everything were centred afterwards this would silently be `flat`. In a dead group it says
@@ -910,7 +841,6 @@ def test_a_fork_with_a_constant_baseline(monkeypatch):
     monkeypatch.setitem(ESTIMATORS, "half", half)
     assert advantages("half", rewards=[0, 1, 0], **FORK)[0].tolist() == [-0.5, 0.5, -0.5]
     assert advantages("half", rewards=[1, 1, 1], **FORK)[0].tolist() == [0.5, 0.5, 0.5]
-
 
 def test_a_fork_with_a_length_penalty(monkeypatch):
     """0.8 for a long right completion, which is solved all the same: the constraints stay. Where
@@ -932,7 +862,6 @@ def test_a_fork_with_a_length_penalty(monkeypatch):
         row = metrics(run(method, penalised), penalised)
         assert row["sat"] == row["sat_triplet"] == 1, method
 
-
 def test_a_fork_with_negative_rewards(monkeypatch):
     """-1 for a wrong answer, -0.5 for none: all methods take it, and so does a new one."""
     def cautious(g):
@@ -949,7 +878,6 @@ def test_a_fork_with_negative_rewards(monkeypatch):
         assert abs(a.mean()) < 1e-12
     assert run("flat", group) == approx([-5 / 6, 7 / 6, -1 / 3])
 
-
 def test_a_fork_that_weighs_by_length(monkeypatch):
     """OPO: the optimal baseline where a gradient's squared norm grows with the length of the
     completion. Not centred afterwards."""
@@ -960,7 +888,6 @@ def test_a_fork_that_weighs_by_length(monkeypatch):
     a, _ = advantages("opo", rewards=[0, 1, 0], **FORK)
     assert a == approx([-4 / 7, 3 / 7, -4 / 7])
     assert a @ FORK["lengths"] == approx(0)
-
 
 def test_a_fork_that_weighs_by_log_probs(monkeypatch):
     """Greensmith et al. 2004, whom Lemma 3.2 cites: b = E[r w] / E[w] minimises E[w (r - b)^2],
@@ -975,7 +902,6 @@ def test_a_fork_that_weighs_by_log_probs(monkeypatch):
     w = -np.array(FORK["logps"])
     for other in (0.4, 0.6, 1 / 3):
         assert w @ a ** 2 < w @ (np.array([0, 1, 0]) - other) ** 2
-
 
 def test_a_fork_whose_estimator_fails(monkeypatch):
     """Without a fallback of its own it is not replaced by another, and a nan is not trained on."""
@@ -992,10 +918,8 @@ def test_a_fork_whose_estimator_fails(monkeypatch):
             advantages(method, rewards=[0, 1, 0], **FORK)
 
 
-# ---- Errors ----
-
+# ---- Errors -------------------------------------------------------------------------------------
 GOOD = dict(method="expectation", node=[1, 2, 3], parent=[-1, 0, 0, 1], rewards=[0, 0, 1])
-
 
 @pytest.mark.parametrize("bad, message", [
     (dict(method="expectaton"), r"method is 'expectaton', expected one of .*expectation"),
@@ -1023,14 +947,12 @@ def test_wrong_input_is_named_with_its_value(bad, message):
     with pytest.raises(ValueError, match=message):
         advantages(**{**GOOD, **bad})
 
-
 def test_a_misspelt_field_is_an_error():
     with pytest.raises(TypeError, match="techer"):
         advantages(**GOOD, techer=[0, 0, 0, 0])
 
 
-# ---- Steps instead of samples ----
-
+# ---- Steps instead of samples -------------------------------------------------------------------
 @properties
 @given(seeds, st.integers(1, 8), st.sampled_from([0.0, 0.5, 1.0]))
 def test_gae_matches_the_sum_over_future_differences(seed, steps, lam):

@@ -176,6 +176,7 @@ def test_the_nodes_are_a_tree_of_solutions(seed):
         steps = steps_to(nodes, k)
         children = [nodes[child] for child in at.children]
         assert at.depth == len(steps) <= 4
+        assert "a fragm" not in steps
         assert all(child.parent == k for child in children)
         assert len(set(columns(children, "step", "terminal"))) == len(children)
         if at.terminal:
@@ -199,6 +200,8 @@ def test_uct_by_hand():
              node(0, "a", visits=6, value=5.0),
              node(0, "b", visits=3, value=1.0),
              node(0, "c", visits=1, value=1.0, closed=True)]
+    assert mcts.uct(nodes[1], nodes[0], 2.0) == pytest.approx(2.072, abs=5e-4)
+    assert mcts.uct(nodes[2], nodes[0], 2.0) == pytest.approx(2.086, abs=5e-4)
     assert mcts.select(nodes, 2.0, rng) == 2
     assert mcts.select(nodes, 1.0, rng) == 1
     # Below b, 3/4 + 2 sqrt(ln 3 / 2) = 2.232 and 2 sqrt(ln 3) = 2.096. With ln 10, the root's, it
@@ -399,10 +402,19 @@ def tiny_model(tmp_path_factory):
 
 @pytest.fixture
 def place(tmp_path, tiny_model):
-    """A folder with problems, and with a model that a test may change."""
+    """A folder with problems and the model, for each test its own."""
     write_problems(f"{tmp_path}/data.jsonl")
     os.symlink(tiny_model, tmp_path / "model")
     return str(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, tiny_model):
+    """The lines of a run that nothing stopped."""
+    folder = str(tmp_path_factory.mktemp("whole"))
+    write_problems(f"{folder}/data.jsonl")
+    os.symlink(tiny_model, f"{folder}/model")
+    return run(folder, "out")
 
 
 def flags(place, out, *more):
@@ -426,17 +438,17 @@ def read(path):
 def test_side_by_side_is_node_for_node_alone(place):
     """Pooling changed a search: a seed by place in the batch, a completion given to its neighbour,
     an answer graded against the last problem's."""
-    alone = run(place, "alone", "--parallel", "1", "--batch_size", "1")
+    alone = run(place, "alone", "--parallel", "1", "--batch_size", "1", "--limit", "6")
     searches = [json.loads(line)["nodes"] for line in alone]
     visits = sum(nodes[0]["visits"] for nodes in searches)
     value = sum(nodes[0]["value"] for nodes in searches)
-    assert len(searches) == 9
-    assert sum(map(len, searches)) > 60
+    assert len(searches) == 6
+    assert sum(map(len, searches)) > 40
     assert 0.1 < value / visits < 0.9
-    seven = run(place, "seven", "--parallel", "7")
-    assert sorted(seven) == sorted(alone)
-    four = run(place, "four", "--parallel", "4", "--batch_size", "5")
-    assert sorted(four) == sorted(alone)
+    together = run(place, "together", "--limit", "6")
+    assert sorted(together) == sorted(alone)
+    in_turns = run(place, "in_turns", "--parallel", "4", "--batch_size", "5", "--limit", "6")
+    assert sorted(in_turns) == sorted(alone)
     other = run(place, "other", "--seed", "1", "--limit", "1")
     assert json.loads(other[0])["nodes"] != searches[0]
 
@@ -493,21 +505,20 @@ def test_it_says_what_it_took_and_what_has_no_prefix(place, capsys):
 
 
 # ---- One file, one kind of search ----------------------------------------------------------------
-def test_a_restart_does_what_is_missing_and_no_more(place):
+def test_a_restart_does_what_is_missing_and_no_more(place, whole):
     """Killed within a line: the torn search was kept, lost, or done twice, or the whole ones were
     done again."""
-    whole = run(place, "whole", "--parallel", "4")
-    text = read(f"{place}/whole")
+    text = ("\n".join(whole) + "\n").encode()
     for size in (len(whole[0]) + 9, len(text) - 1, len(text)):
         with open(f"{place}/killed", "wb") as file:
             file.write(text[:size])
         check_restart(place, "killed", whole)
 
 
-def check_restart(place, out, whole, grader=third_right):
+def check_restart(place, out, whole):
     """Run again what was stopped. Whole lines stay, what is missing comes. Returns what stayed."""
     kept = read(f"{place}/{out}").decode().split("\n")[:-1]
-    again = run(place, out, grader=grader)
+    again = run(place, out)
     assert again[:len(kept)] == kept
     assert sorted(again) == sorted(whole)
     return kept
@@ -616,6 +627,7 @@ def child(argv, log):
     sys.stdout = open(log, "w", buffering=1)
     sys.stderr = sys.stdout
     sys.argv = ["mcts.py", *argv]
+    evaluate.is_solved = third_right
     tree.run_command(mcts.main)
 
 
@@ -629,10 +641,9 @@ def start(place, out, *more):
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded")
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_stopped_at_any_moment_it_loses_nothing(place, number):
+def test_stopped_at_any_moment_it_loses_nothing(place, whole, number):
     """A finished search was lost, a torn one kept, one done twice, or a traceback shown."""
-    whole = run(place, "whole", grader=evaluate.is_solved)
-    size = random.Random(number).uniform(1, len(read(f"{place}/whole")))
+    size = random.Random(number).uniform(1, sum(map(len, whole)))
     process = start(place, "out", "--parallel", "2")
     while process.is_alive():
         if os.path.exists(f"{place}/out") and os.path.getsize(f"{place}/out") >= size:
@@ -642,14 +653,13 @@ def test_stopped_at_any_moment_it_loses_nothing(place, number):
     process.join(60)
     assert process.exitcode in (0, 130, -number)
     assert b"Traceback" not in read(f"{place}/log")
-    check_restart(place, "out", whole, evaluate.is_solved)
+    check_restart(place, "out", whole)
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded")
-def test_a_full_disk_is_one_sentence(place):
+def test_a_full_disk_is_one_sentence(place, whole):
     """And what was there before is searched no second time."""
-    whole = run(place, "whole", grader=evaluate.is_solved)
-    half = len(read(f"{place}/whole")) // 2
+    half = sum(map(len, whole)) // 2
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (half, before[1]))
     process = start(place, "full")
@@ -658,7 +668,7 @@ def test_a_full_disk_is_one_sentence(place):
     assert process.exitcode == 2
     said = read(f"{place}/log").decode()
     assert re.search(r"\nmcts\.py: [^\n]*too large[^\n]*\n$", said)
-    kept = check_restart(place, "full", whole, evaluate.is_solved)
+    kept = check_restart(place, "full", whole)
     assert 0 < len(kept) < 9
 
 
@@ -725,10 +735,9 @@ def test_a_policy_that_has_diverged_ends_in_a_sentence(place):
     assert not os.path.exists(f"{place}/out")
 
 
-def test_two_ranks_search_what_one_would(place):
+def test_two_ranks_search_what_one_would(place, whole):
     """With torchrun, after a kill: a problem searched by both ranks or by none, two lines in one, a
     torn line cut off while another rank wrote."""
-    whole = run(place, "whole")
     with open(f"{place}/ranks", "w") as file:
         file.write(whole[4] + "\n" + whole[2][:30])
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",

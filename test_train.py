@@ -579,7 +579,8 @@ def own_signals():
 def short(world, out, *flags):
     """Flags of a run of three steps of two groups, which `flags` override; POLICY is the policy."""
     flags = [
-        "--model", "POLICY", "--trees", f"{world}/trees.jsonl", "--eval_data", f"{world}/test.jsonl",
+        "--model", "POLICY", "--trees", f"{world}/trees.jsonl",
+        "--eval_data", f"{world}/test.jsonl",
         "--out", f"{world}/{out}", "--max_new_tokens", 12, "--group_size", 4, "--batch_size", 8,
         "--lr", 3e-3, "--steps", 3, "--save_every", 1, "--eval_every", 3, *flags]
     return [str(flag).replace("POLICY", f"{world}/policy") for flag in flags]
@@ -715,7 +716,7 @@ ROWS = {  # the rows of Tables 1 and 2, and what else train.py offers
     "trace": "--group trace --baseline expectation",
     "mc": "--baseline mc --mc_rollouts 2",
     "reinforce_kl": "--group question --reward teacher --teacher T",
-    "reinforce_baseline": "--reward teacher --teacher T --critic T --critic_warmup 1 --gae_lambda 1",
+    "with_baseline": "--reward teacher --teacher T --critic T --critic_warmup 1 --gae_lambda 1",
     "actor_critic": "--group question --reward teacher --teacher T --critic T --critic_warmup 1",
     "task_critic": "--critic T --critic_warmup 1",
     "gkd": "--group question --reward none --distill_coef 1 --teacher T",
@@ -726,7 +727,7 @@ ROWS = {  # the rows of Tables 1 and 2, and what else train.py offers
 
 @pytest.mark.parametrize("row", ROWS)
 def test_every_row_of_the_tables_is_a_command(tmp_path, row):
-    """Two steps on the embedded default: the adapter moves, and the row's own figures are logged."""
+    """Two steps on the embedded default: the adapter moves, the row's own figures are logged."""
     data = os.path.join(HERE, "data/arithmetic")
     args = train.parse_args([
         "--model", f"{data}/student", "--trees", f"{data}/trees.jsonl", "--eval_every", "0",
@@ -825,7 +826,7 @@ def test_killed_between_any_two_renames(world, whole, monkeypatch):
     fatal = 0
     here(world, "counted")
     total = count
-    for fatal in (1, 5, total // 2, total - 5, total - 1, total):
+    for fatal in (5, total // 2, total - 1):
         count = 0
         out = killed(world, f"rename{fatal}")
         count = -total * 2
@@ -1119,9 +1120,9 @@ UNEVEN = {
     "critic": "--batch_size 4 --critic POLICY --critic_warmup 1",
     "epochs": "--batch_size 4 --epochs 2",
     "mc": "--batch_size 4 --baseline mc --mc_rollouts 2",
-    "teacher": "--batch_size 4 --reward teacher --teacher POLICY",
-    "distilled": "--batch_size 4 --teacher POLICY --distill_coef 0.1",
-    "off_policy": "--batch_size 4 --behaviour teacher --teacher POLICY",
+    "teacher": "--batch_size 4 --reward teacher --teacher POLICY/../model",
+    "distilled": "--batch_size 4 --teacher POLICY/../model --distill_coef 0.1",
+    "off_policy": "--batch_size 4 --behaviour teacher --teacher POLICY/../model",
     "long": "--steps 12 --eval_every 6 --save_every 3"}
 
 
@@ -1144,7 +1145,8 @@ def test_two_ranks_do_what_one_does(world, pairs):
         for a, b in zip(timeless(one), timeless(two), strict=True):
             assert a.keys() == b.keys()
             for key in a.keys() - ({"gap", "gap_max"} if name == "spoilt" else set()):
-                assert a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-5), (name, key, a, b)
+                same = a[key] == b[key]  # null is no number
+                assert same or a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-5), (name, key)
         theirs = adapter(two)
         for key, value in adapter(one).items():
             assert torch.allclose(value, theirs[key], atol=1e-4), (name, key)
@@ -1234,9 +1236,8 @@ def test_a_mistake_is_one_sentence_and_status_2(world, monkeypatch, capsys, flag
             "--out", f"wrong{abs(hash(flags))}"]
     with pytest.raises(SystemExit) as stop:
         run_command(lambda: train.train(train.parse_args(base + flags.split())))
-    said = capsys.readouterr().err
-    last = said.splitlines()[-1]  # transformers shows its loading bar before
-    assert stop.value.code == 2 and says in last and "Traceback" not in said
+    said = capsys.readouterr().err.splitlines()  # transformers shows its loading bar before
+    assert stop.value.code == 2 and says in said[-1] and "Traceback" not in str(said)
 
 
 if __name__ == "__main__":
