@@ -78,9 +78,8 @@ def gather(item):
     items = [None] * dist.get_world_size()
     try:
         dist.all_gather_object(items, item)
-    except RuntimeError as error:  # its connection is closed
-        raise InputError(f"rank {dist.get_rank()} ends because another rank has ended, whose error "
-                         f"is the one to look at ({shorten(str(error), 120)}).") from None
+    except RuntimeError:  # its connection is closed
+        raise InputError("another rank has ended, whose error is the one to look at") from None
     return items
 
 
@@ -94,13 +93,11 @@ def load(model, adapter=None, device="cpu", dtype=None, trainable=False):
     Raises InputError where there is no such model, or one that could not be sampled rightly.
     """
     device = torch.device(device)
-    if dtype is None:
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    policy = load_weights(AutoModelForCausalLM, model, dtype)
+    default = torch.bfloat16 if device.type == "cuda" else torch.float32
+    policy = load_weights(AutoModelForCausalLM, model, dtype or default)
     tokenizer = load_tokenizer(model, adapter)
     if len(tokenizer) > policy.get_input_embeddings().num_embeddings:
-        raise InputError(f"the tokenizer of {adapter or model} has {len(tokenizer)} tokens, more "
-                         f"than the model {model} embeds. Expected a matching pair.")
+        raise InputError(f"{model} embeds fewer tokens than the {len(tokenizer)} of its tokenizer")
     small = device.type == "cpu" and policy.num_parameters() < 2e7
     if small and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # a second thread gains nothing on so small a model
@@ -109,18 +106,16 @@ def load(model, adapter=None, device="cpu", dtype=None, trainable=False):
     if adapter:
         policy = load_adapter(policy, model, adapter, trainable).to(device).eval()
     if not all(weight.isfinite().all() for weight in policy.parameters()):
-        raise InputError(f"{adapter or model} holds weights that are not finite numbers. Expected "
-                         "a model that has not diverged.")
+        raise InputError(f"{adapter or model} has weights that are not finite numbers; expected a "
+                         "model that has not diverged")
     return policy, tokenizer
 
 
 def load_weights(auto_class, path, dtype, new_weights=(), **how):
     """`auto_class.from_pretrained(path)`; InputError unless every weight comes from its files, but
     for `new_weights`, such as a fresh value head's."""
-    if (os.path.isabs(path) or path.startswith(".") or path.count("/") > 1) \
-            and not os.path.isdir(path):
-        raise InputError(f"there is no folder {path}. Expected one that save_pretrained wrote, or "
-                         "a name on the hub such as Qwen/Qwen2.5-1.5B-Instruct.")
+    if path.startswith((".", "/")) and not os.path.isdir(path):
+        raise InputError(f"there is no folder {path}; expected one of a model, or a hub name")
     read = partial(auto_class.from_pretrained, path, dtype=dtype, use_safetensors=True,
                    output_loading_info=True, ignore_mismatched_sizes=True, **how)
     try:
@@ -140,27 +135,24 @@ def load_weights(auto_class, path, dtype, new_weights=(), **how):
 def unusable(what, error, expected):
     """An InputError that says in one sentence why a library could not read something."""
     reason = " ".join(str(error).split())[:300]
-    return InputError(f"{what} cannot be used ({type(error).__name__}): {reason} Expected "
-                      f"{expected}.")
+    return InputError(f"{what} cannot be used ({type(error).__name__}): {reason}; expected {expected}")
 
 
 def load_tokenizer(model, adapter=None):
     """The tokenizer of the adapter's folder if it brings one, else the model's. InputError."""
-    path = model
-    if adapter and os.path.exists(os.path.join(adapter, "tokenizer_config.json")):
-        path = adapter
+    own = adapter and os.path.exists(os.path.join(adapter, "tokenizer_config.json"))
+    path = adapter if own else model
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
+        if tokenizer.eos_token_id is None:
+            raise ValueError("it has no end-of-sequence token (eos_token), so nothing ever ends")
         prompt, *steps = encode(tokenizer, "1 + 1", ["12 + 7 = 19", "The answer is 19."])
         text = tokenizer.decode(steps[0] + steps[1])
-        if tokenizer.eos_token_id is None:
-            raise ValueError("it has no end-of-sequence token (eos_token), so nothing ever ends.")
-        if text.split(" ") != "12 + 7 = 19\n\nThe answer is 19.\n\n".split(" ") \
-                and tokenizer.unk_token_id not in steps[0] + steps[1]:
-            raise ValueError(f"it turns the steps of a prefix into {shorten(text)}.")
+        known = tokenizer.unk_token_id not in steps[0] + steps[1]
+        if known and text != "12 + 7 = 19\n\nThe answer is 19.\n\n":
+            raise ValueError(f"it turns the steps of a prefix into {shorten(text)}")
     except Exception as error:  # also a chat template that fails
-        raise unusable(f"the tokenizer of {path}", error, "one that gives back what it is "
-                       "given") from None
+        raise unusable(f"the tokenizer of {path}", error, "one that gives text back") from None
     return tokenizer
 
 
@@ -200,13 +192,8 @@ def checksum(tensors, dtype=None):
     return f"{total:08x}"
 
 
-def weights_checksum(model):
-    """crc32 of all weights, an adapter's included: the same name may be another model."""
-    return checksum(model.state_dict())
-
-
 def base_checksum(model):
-    """crc32 of the weights below an adapter, in bf16 however they were loaded."""
+    """The checksum of the weights below an adapter, in bf16 however they were loaded."""
     if isinstance(model, PeftModel):
         model = model.get_base_model()
     plain = {name.replace(".base_layer", ""): weight for name, weight in model.state_dict().items()
@@ -225,13 +212,9 @@ def load_critic(path, device):
 
 def check_vocabulary(other, student):
     """InputError where two models read other tokens: their log-probs could not be compared."""
-    ours = load_tokenizer(student).get_vocab()
-    theirs = load_tokenizer(other).get_vocab()
-    for token in [*ours, *theirs]:
-        if ours.get(token) != theirs.get(token):
-            raise InputError(f"the vocabulary of {other} is not that of the student {student}: "
-                             f"{shorten(token)} is {theirs.get(token)} and {ours.get(token)}. "
-                             "Expected a teacher or critic with the student's tokenizer.")
+    if load_tokenizer(other).get_vocab() != load_tokenizer(student).get_vocab():
+        raise InputError(f"{other} has another vocabulary than {student}; expected a teacher or "
+                         "critic with the student's tokenizer")
 
 
 # ---- Prompts -------------------------------------------------------------------------------------
@@ -332,24 +315,17 @@ def decode(tokenizer, ids):
     return tokenizer.decode(ids, skip_special_tokens=True)
 
 
-def check_prompts(model, problems, prompts, max_new_tokens):
-    """InputError where a prompt is empty, or does not fit the model's positions."""
-    for problem, prompt in zip(problems, prompts):
-        if not prompt:
-            raise InputError(f"the prompt of {shorten(problem['id'])} has no tokens.")
-    check_length(model, max(map(len, prompts)), max_new_tokens)
-
-
-def check_length(model, prompt, completion):
-    """InputError where so many tokens do not fit the model's positions. Learned positions end, so
-    there the completion must fit as well; rotary ones go on beyond their context, if badly."""
+def check_prompts(model, prompts, max_new_tokens):
+    """InputError where a prompt is empty or does not fit the model's positions. Learned positions
+    end, so there the completion must fit as well; rotary ones go on beyond, if badly."""
     config = model.config.get_text_config()
-    room = getattr(config, "max_position_embeddings", None) or math.inf
-    if not getattr(config, "rope_parameters", None):
-        prompt += completion
-    if prompt > room:
-        raise InputError(f"the longest prompt and its completion take {prompt} tokens; expected at "
-                         f"most {room}, for the model has no more positions.")
+    positions = getattr(config, "max_position_embeddings", None) or math.inf
+    learned = not getattr(config, "rope_parameters", None)
+    room = positions - max_new_tokens if learned else positions
+    lengths = [len(prompt) for prompt in prompts]
+    if min(lengths) == 0 or max(lengths) > room:
+        raise InputError(f"the prompts have {min(lengths)} to {max(lengths)} tokens, completions up "
+                         f"to {max_new_tokens}; expected them to fit the model's {positions} positions")
 
 
 # ---- Log-probs of packed rows --------------------------------------------------------------------
@@ -407,9 +383,9 @@ def check_tree_masks(model, path):
         difference = torch.log_softmax(alone.float(), -1) - torch.log_softmax(packed.float(), -1)
         gap = difference.abs().mean().item()
     if gap > (0.01 if model.dtype == torch.float32 else 0.2):
-        kinds = ", ".join(stateful) or f"log-probs differ by {gap:.2g} nat"
-        raise InputError(f"the model {path} cannot share prefixes ({kinds}). Expected a decoder of "
-                         "softmax attention alone that takes a mask and positions.")
+        reason = ", ".join(stateful) or f"log-probs differ by {gap:.2g} nat"
+        raise InputError(f"the model {path} cannot share prefixes ({reason}); expected attention "
+                         "that takes a mask and positions, in all layers")
 
 
 def row_tokens(model):
@@ -716,7 +692,7 @@ def score(model, tokenizer, problems, max_new_tokens=512, samples=0, temperature
     encode_prefix = encode_prefix or partial(encode, tokenizer)
     ends = eos_ids(model, tokenizer)
     prompts = [encode_prefix(problem["question"])[0] for problem in problems]
-    check_prompts(model, problems, prompts, max_new_tokens)
+    check_prompts(model, prompts, max_new_tokens)
     greedy = generate(model, tokenizer, prompts, max_new_tokens, 0, batch_size=batch_size)
     repeated = []
     seeds = []
@@ -742,21 +718,20 @@ def score(model, tokenizer, problems, max_new_tokens=512, samples=0, temperature
 
 
 def mean_interval(values, clusters):
-    """Mean and 95 % interval of one figure a problem.
+    """Mean and 95 % interval of one figure a problem: (mean, low, high).
 
-    The problems are the sample, or their clusters: instances of one template are no independent
-    problems. For shares of independent problems, Wilson's interval (1927), honest at 0 and 1.
+    clusters   of each problem: instances of one template are not independent. Where all are alone,
+               a share has Wilson's interval (1927), which is honest at 0 and at 1.
     """
     values = np.array(values, float)
-    sizes = np.bincount(np.unique(clusters, return_inverse=True)[1])
-    successes = int(values.sum())
-    if sizes.max() == 1 and set(values) <= {0.0, 1.0}:
-        interval = binomtest(successes, len(values)).proportion_ci(method="wilson")
+    cluster = np.unique(clusters, return_inverse=True)[1]
+    count = cluster.max() + 1
+    if count == len(values) and set(values) <= {0.0, 1.0}:
+        interval = binomtest(int(values.sum()), count).proportion_ci(method="wilson")
         return values.mean(), interval.low + 0.0, interval.high
-    deviations = np.bincount(np.unique(clusters, return_inverse=True)[1], values - values.mean())
-    count = len(sizes)
-    error = np.sqrt((deviations ** 2).sum() * count / max(count - 1, 1)) / len(values)
-    return values.mean(), values.mean() - 1.96 * error, values.mean() + 1.96 * error
+    deviations = np.bincount(cluster, values - values.mean())
+    half = 1.96 * np.sqrt((deviations ** 2).sum() * count / max(count - 1, 1)) / len(values)
+    return values.mean(), values.mean() - half, values.mean() + half
 
 
 def majority(row):
@@ -807,22 +782,20 @@ def compare(first, second):
     others = {row["id"]: row for row in second}
     first = [row for row in first if row["id"] in others]
     second = [others[row["id"]] for row in first]
-    for a, b in zip(first, second):
-        if (a["question"], a["answer"]) != (b["question"], b["answer"]):
-            raise InputError(f"the id {shorten(a['id'])} stands for two problems. Expected two "
-                             "scorings of one data set.")
-    if not first:
-        raise InputError("the two have no problem in common. Expected scorings of one data set.")
+    if not first or [content(row) for row in first] != [content(row) for row in second]:
+        raise InputError("the two have no problem in common, or other problems under the same id; "
+                         "expected two scorings of one data set")
     lines = [f"{len(first)} problems in both"]
-    sampled = len(first[0]["correct"]) > 1 and len(second[0]["correct"]) > 1
-    for name in ["greedy", "mean@k"] if sampled else ["greedy"]:
-        kept = slice(0, 1) if name == "greedy" else slice(1, None)
+    kinds = {"greedy": slice(0, 1), "mean@k": slice(1, None)}
+    if len(first[0]["correct"]) == 1 or len(second[0]["correct"]) == 1:
+        del kinds["mean@k"]
+    for name, kept in kinds.items():
         a = np.array([np.mean(row["correct"][kept]) for row in first])
         b = np.array([np.mean(row["correct"][kept]) for row in second])
         difference, low, high = mean_interval(b - a, clusters_of(first))
         wins = int((b > a).sum())
         losses = int((b < a).sum())
-        p = binomtest(wins, wins + losses).pvalue if wins + losses else 1.0
+        p = binomtest(wins, max(wins + losses, 1)).pvalue if wins + losses else 1.0
         lines.append(
             f"{name:>8}  {100 * a.mean():.1f} % -> {100 * b.mean():.1f} %, difference "
             f"{100 * difference:+.1f} points, 95 % [{100 * low:+.1f}, {100 * high:+.1f}]; "
@@ -830,15 +803,18 @@ def compare(first, second):
     return "\n".join(lines)
 
 
+def content(row):
+    """What makes a problem the same, whatever its id."""
+    return row["question"], row["answer"]
+
+
 def parse_score(row, number):
     """A row of a file of scores, checked: read_jsonl's `parse`."""
     for name in ("id", "question", "answer"):
         get_field(row, name, str, "text, as evaluate.py writes it")
     for name in ("completions", "correct", "flexible", "truncated", "tokens"):
-        column = get_field(row, name, list, "a list, one entry a completion")
-        if not len(column) == len(row["completions"]) > 0:
-            raise InputError(f"field \"{name}\" is {shorten(column)}; expected one entry a "
-                             "completion, as evaluate.py writes them.")
+        if len(get_field(row, name, list, "one entry a completion")) != len(row["completions"]):
+            raise InputError(f"field \"{name}\" has not one entry a completion")
     return row
 
 
@@ -850,23 +826,24 @@ def read_scores(path):
 def unfinished(path, parse, settings, problems, rank, world):
     """This rank's share of the problems that an output file does not hold yet.
 
-    Rank 0 reads the file before anybody appends to it, and says what is taken from it. InputError
-    where the file is not of these settings, or has another problem under one of the ids.
+    Rank 0 reads the file before anybody appends to it, and says what is taken from it. InputError,
+    and an untouched file, where it is of other settings or has another problem under an id.
     """
-    done = {}
     asked = {problem["id"]: problem for problem in problems}
-    for row in continue_jsonl(path, parse) if rank == 0 else []:
-        other = [key for key in settings if row.get("settings", {}).get(key) != settings[key]]
-        if other:
-            raise InputError(f"{path} holds work of another {other[0]}, "
-                             f"{shorten(row.get('settings', {}).get(other[0]))} instead of "
-                             f"{shorten(settings[other[0]])}. Choose another --out.")
-        problem = asked.get(row["id"], row)
-        if (problem["question"], problem["answer"]) != (row["question"], row["answer"]):
-            raise InputError(f"{path} holds another problem with the id {shorten(row['id'])}. "
-                             "Choose another --out.")
-        done[row["id"]] = True
-    done = gather(done)[0]
+
+    def check(row, number):
+        row = parse(row, number)
+        saved = row.get("settings") or {}
+        for name, value in settings.items():
+            if saved.get(name) != value:
+                raise InputError(f"its {name} is {shorten(saved.get(name))} and not "
+                                 f"{shorten(value)}; expected work of these settings, or another --out")
+        if content(asked.get(row["id"], row)) != content(row):
+            raise InputError(f"the id {shorten(row['id'])} is of another problem; expected this data "
+                             "set, or another --out")
+        return row["id"]
+
+    done = gather(set(continue_jsonl(path, check)) if rank == 0 else None)[0]
     todo = [problem for problem in problems if problem["id"] not in done]
     if rank == 0 and len(todo) < len(problems):
         print(f"{len(problems) - len(todo)} of {len(problems)} problems are taken from {path}")
@@ -903,7 +880,7 @@ def main():
     model, tokenizer = load(args.model, args.adapter, device)
     settings = {key: vars(args)[key] for key in (
         "samples", "temperature", "max_new_tokens", "seed", "instruction", "chat_template_kwargs")}
-    settings |= {"weights": weights_checksum(model), "prompt_date": FIXED_DATE}
+    settings |= {"weights": checksum(model.state_dict()), "prompt_date": FIXED_DATE}
     todo = unfinished(path, parse_score, settings, problems, rank, world)
     with tqdm(total=len(todo), unit="problem", disable=rank > 0, dynamic_ncols=True) as bar:
         for start in range(0, len(todo), args.batch_size):

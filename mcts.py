@@ -269,8 +269,8 @@ def main():
     encode = evaluate.encoder(tokenizer, args)
     prompts = [encode(problem["question"])[0] for problem in problems]
     # In the longest prefix, each of max_depth steps took a sample of its own.
-    evaluate.check_prompts(model, problems, prompts, (args.max_depth + 1) * args.max_new_tokens)
-    settings = {**vars(args), "weights": evaluate.weights_checksum(model),
+    evaluate.check_prompts(model, prompts, (args.max_depth + 1) * args.max_new_tokens)
+    settings = {**vars(args), "weights": evaluate.checksum(model.state_dict()),
                 "prompt_date": evaluate.FIXED_DATE}
     for name in ("model", "adapter", "data", "out", "limit", "parallel", "batch_size"):
         del settings[name]  # which no search depends on

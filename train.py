@@ -564,11 +564,13 @@ def train(args):
     log = Log(run, data, args)
     signals = stop_on_signals()
     while True:
-        # 2. evaluate: before, after, and now and then
-        if problems and (run.done(args) >= 1 or run.step % args.eval_every == 0):
-            log.evaluation(problems)
+        # 2. evaluate: before, after, and now and then, but no more once told to stop
         stop = any(gather(bool(signals)))
-        if stop or run.done(args) >= 1:
+        last = run.done(args) >= 1
+        if problems and not stop and (last or run.step % args.eval_every == 0):
+            log.evaluation(problems)
+            stop = any(gather(bool(signals)))
+        if stop or last:
             break
         # 3. roll out, and credit what was sampled
         begun = time.monotonic()
@@ -609,7 +611,7 @@ def set_up(args, rank, world, device):
     encode = evaluate.encoder(tokenizer, args)
     if problems:
         prompts = [encode(problem["question"])[0] for problem in problems]
-        evaluate.check_prompts(models.student, problems, prompts, 2 * args.max_new_tokens)
+        evaluate.check_prompts(models.student, prompts, 2 * args.max_new_tokens)
     data = encode_data(data, encode, tokenizer, models.student, args)
     trainable = {name: p for name, p in models.student.named_parameters() if p.requires_grad}
     groups = [dict(params=list(trainable.values()), peak_lr=args.lr)]
@@ -652,17 +654,16 @@ def encode_data(data, encode, tokenizer, student, args):
         encoded = [evaluate.encode_solution(tokenizer, *solution, encode) for solution in data]
         kept = [(prompt, ids) for prompt, ids in encoded if len(prompt) <= args.max_prompt]
         dropped = len(encoded) - len(kept)
-        longest = max((len(prompt) + len(ids) for prompt, ids in kept), default=0)
+        sequences = [prompt + ids for prompt, ids in kept]
     else:
         kept, dropped = tokenize(data, encode, args.max_prompt)
-        longest = max((len(tree.prefix_ids(node)) for tree in kept
-                       for node in range(len(tree.parent))), default=0)
-    if not kept:
-        raise InputError(f"no prompt of {args.trees} has at most {args.max_prompt} tokens. Expected "
-                         "shorter ones, or a larger --max_prompt.")
+        sequences = [tree.prefix_ids(node) for tree in kept for node in range(len(tree.parent))]
     if dropped:
         print(f"dropped {dropped} prompts of more than {args.max_prompt} tokens")
-    evaluate.check_length(student, longest, 0 if args.objective == "sft" else args.max_new_tokens)
+    if not kept:
+        raise InputError(f"{args.trees} has no prompt of at most {args.max_prompt} tokens; expected "
+                         "shorter ones, or a larger --max_prompt")
+    evaluate.check_prompts(student, sequences, 0 if args.objective == "sft" else args.max_new_tokens)
     return kept
 
 
@@ -737,17 +738,16 @@ def save(run, args):
 def write_card(run, args, folder):
     """README.md of the saved model; beside an adapter the checksum of the base it is for."""
     lines = ["---", f"base_model: {args.model}", "---", "# A model trained by Tree-OPO", "",
-             f"* Base: {args.model}, adapter it started from: {args.adapter or 'none'}",
-             f"* Trained on {args.trees}: {run.step} steps, {run.tokens} tokens"]
+             f"* From {args.model}" + (f" with the adapter {args.adapter}" if args.adapter else ""),
+             f"* On {args.trees}: {run.step} steps, {run.tokens} tokens",
+             f"* By `{shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]])}`"]
     for step in (0, run.step):
-        path = eval_path(args, step)
-        if os.path.exists(path):
-            share, low, high = evaluate.summarise(evaluate.read_scores(path))["greedy"]
+        if os.path.exists(eval_path(args, step)):
+            share, low, high = greedy_accuracy(eval_path(args, step))
             lines.append(f"* Greedy accuracy on {args.eval_data} after {step} steps: "
                          f"{100 * share:.1f} %, 95 % [{100 * low:.1f}, {100 * high:.1f}]")
-    command = shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]])
     with open(os.path.join(folder, "README.md"), "w", encoding="utf-8") as file:
-        file.write("\n".join([*lines, f"* Command: `{command}`", ""]))
+        file.write("\n".join([*lines, ""]))
     if args.lora_rank > 0:
         with open(os.path.join(folder, evaluate.BASE_WEIGHTS), "w", encoding="utf-8") as file:
             json.dump({"crc32": run.contents["base weights"]}, file)
@@ -762,29 +762,27 @@ def find_checkpoint(args):
         return None
     try:
         checkpoint = safe_open(path, "pt")
-        state = {key: checkpoint.get_tensor(key) for key in checkpoint.keys()}
-        whole = evaluate.checksum(state) == checkpoint.metadata()["crc32"]
         saved = json.loads(checkpoint.metadata()["args"])
-    except (SafetensorError, OSError, KeyError, TypeError):
-        whole = False
-    if not whole:
-        raise InputError(f"{path} is damaged. Expected a checkpoint of train.py; without one the run "
-                         "must start anew, in another --out.")
+        state = {key: checkpoint.get_tensor(key) for key in checkpoint.keys()}
+        if evaluate.checksum(state) != checkpoint.metadata()["crc32"]:
+            raise ValueError("its checksum is wrong")
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path} is damaged ({error}); expected a checkpoint, or another --out "
+                         "to start anew") from None
     for key, value in vars(args).items():
         if key not in MAY_DIFFER and saved.get(key) != value:
-            raise InputError(f"the checkpoint in {args.out} is of --{key} {saved.get(key)}, and "
-                             f"--{key} is {value}. Expected the same settings, or another --out.")
+            raise InputError(f"the checkpoint in {args.out} is of --{key} {saved.get(key)}, not "
+                             f"{value}; expected the same settings, or another --out")
     return checkpoint
 
 
 def restore(run, checkpoint, args):
     """Set a run to where a checkpoint stands. InputError where it was made with other contents."""
     metadata = checkpoint.metadata()
-    saved = json.loads(metadata["contents"])
-    for what, value in run.contents.items():
-        if saved[what] != value:
-            raise InputError(f"the {what} are not those that the checkpoint in {args.out} was made "
-                             "with. Expected the same, or another --out.")
+    for what, value in json.loads(metadata["contents"]).items():
+        if run.contents[what] != value:
+            raise InputError(f"the {what} are not those of the checkpoint in {args.out}; expected "
+                             "the same contents, or another --out")
     for name, p in run.trainable.items():
         with torch.no_grad():
             p.copy_(checkpoint.get_tensor(f"weight/{name}"))
@@ -843,6 +841,11 @@ def eval_path(args, step):
     return os.path.join(args.out, f"eval-{step}.jsonl")
 
 
+def greedy_accuracy(path):
+    """(accuracy, low, high) of a file of scores, the 95 % interval."""
+    return evaluate.summarise(evaluate.read_scores(path))["greedy"]
+
+
 COLUMNS = dict(loss="+.3f", reward=".2f", dead=".2f", entropy=".2f", truncated=".2f", gap=".0e",
                kl=".2g", critic_loss=".2g", ess=".2f", length=".0f", grad_norm=".2f")
 
@@ -859,22 +862,17 @@ class Log:
         self.rewarded = False
         if run.rank > 0:
             return
-        # a resumed run does the steps after its checkpoint again: their lines go
         self.log = continue_log(args, "log.jsonl", run.step)
         self.rollouts = continue_log(args, "rollouts.jsonl", run.step)
-        for name in os.listdir(args.out):
-            scored = re.fullmatch(r"eval-(\d+)\.jsonl", name)
-            if scored and int(scored[1]) > run.step:
-                os.remove(os.path.join(args.out, name))
         weights = list(run.models.student.parameters())
         learning = sum(p.numel() for p in weights if p.requires_grad)
         print(f"{learning:,} trainable of {sum(p.numel() for p in weights):,} weights on {run.world} "
               f"x {weights[0].device.type}, {len(data)} problems of {args.trees} -> {args.out}")
         preset = PRESETS[args.preset]
         if args.eval_every:
-            print(f"evaluated on {args.eval_data}" + (
-                ", the preset's problems, though the trees are others" if args.trees != preset["trees"]
-                and args.eval_data == preset["eval_data"] else ""))
+            print(f"evaluated on {args.eval_data}")
+        if args.trees != preset["trees"] and args.eval_data == preset["eval_data"]:
+            print("note: the trees are others than the preset's, the evaluation's problems are not")
 
     def write(self, row):
         """Append a line to log.jsonl; a figure that is not finite is null."""
@@ -882,19 +880,16 @@ class Log:
         self.log.write(json.dumps(finite) + "\n")
 
     def evaluation(self, problems):
-        """Score the student greedily on the held-out problems, shared among the ranks; once a step,
-        however often the run is resumed there."""
+        """Score the student greedily on the held-out problems, shared among the ranks."""
         run = self.run
-        path = eval_path(self.args, run.step)
-        if not gather(os.path.exists(path))[0]:
-            rows = evaluate.score(run.models.student, run.tokenizer, run.share(problems),
-                                  2 * self.args.max_new_tokens,
-                                  encode_prefix=evaluate.encoder(run.tokenizer, self.args))
-            shares = gather(rows)
-            if run.rank == 0:
-                write_jsonl(path, [row for share in shares for row in share])
+        rows = evaluate.score(run.models.student, run.tokenizer, run.share(problems),
+                              2 * self.args.max_new_tokens,
+                              encode_prefix=evaluate.encoder(run.tokenizer, self.args))
+        shares = gather(rows)
         if run.rank == 0:
-            accuracy, low, high = evaluate.summarise(evaluate.read_scores(path))["greedy"]
+            path = eval_path(self.args, run.step)
+            write_jsonl(path, [row for share in shares for row in share])
+            accuracy, low, high = greedy_accuracy(path)
             self.write(dict(step=run.step, eval_accuracy=accuracy, eval_low=low, eval_high=high))
             print(f"step {run.step}: greedy accuracy {100 * accuracy:.1f} % on {len(problems)} "
                   f"held-out problems, 95 % [{100 * low:.1f}, {100 * high:.1f}]", flush=True)
@@ -939,12 +934,14 @@ class Log:
             if name in row:
                 cells[name] = format(row[name], form)
         cells |= {"tok/s": f"{row['tokens_per_s']:.0f}", "ETA": f"{left // 60}:{left % 60:02d}"}
-        width = min(120, shutil.get_terminal_size((120, 24)).columns)
+        lines = [cells.values()]
         if self.header_due:
-            print(" ".join(f"{name:>{max(6, len(name))}}" for name in cells)[:width])
+            lines = [cells.keys(), cells.values()]
             self.header_due = False
-        print(" ".join(f"{cell:>{max(6, len(name))}}" for name, cell in cells.items())[:width],
-              flush=True)
+        columns = min(120, shutil.get_terminal_size((120, 24)).columns)
+        for line in lines:
+            padded = [f"{cell:>{max(6, len(name))}}" for name, cell in zip(cells, line)]
+            print(" ".join(padded)[:columns], flush=True)
 
     def end(self, stopped):
         """Say what came out: the accuracy before against after, on the same problems."""
@@ -962,8 +959,8 @@ class Log:
 
 
 def continue_log(args, name, step):
-    """A log opened to append, without the lines of steps that are done again, and without what
-    cannot be read, such as a line that a power cut tore."""
+    """A log opened to append. A resumed run does the steps after its checkpoint again: their lines
+    go, and so does what cannot be read, such as a line that a power cut tore."""
     path = os.path.join(args.out, name)
     kept = []
     if os.path.exists(path):

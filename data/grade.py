@@ -1,18 +1,16 @@
 """
-Whether an answer is right: find it in a completion, read it as mathematics, compare it with the gold.
-
-The page goes in this order: finding the answer, one spelling, reading, computing, comparing. Model
-text is data, never code. Any string is graded, without an exception and in milliseconds: every loop
-is linear in the text, and an answer of more than LONG characters is compared as text alone.
+Whether an answer is right: find it in a completion, read it as mathematics, compare it with the
+gold. Model text is data, never code. Any string is graded, without an exception and in
+milliseconds: loops are linear in the text, and beyond LONG characters it is compared as text.
 
 What counts as equal. Rational numbers agree exactly: 0.5 is 1/2, 0.33 is not 1/3. Roots, pi and
 functions agree to nine digits; formulas agree in value at four points. Tuples and intervals keep
-their order and brackets; lists, sets, unions and the two values of \\pm come in any order. Optional:
-units (but two that are named must agree), money signs, degrees, the base of a number, the letter of
-a choice, the "x =" of "x = 5", and the percent sign: 25% is 25, and is 1/4, but 700% is not 7.
+order and brackets; lists, sets, unions and both values of \\pm come in any order. Optional: units
+(but two that are named must agree), money signs, degrees, the base of a number, the letter of a
+choice, the "x =" of "x = 5", and the percent sign: 25% is 25, and is 1/4, but 700% is not 7.
 
-Strict is for search and training: only a marked answer counts, and it must be worked out. It has at
-most one operator more than the gold, or a policy earns reward by boxing the question's own formula.
+Strict is for search and training: only a marked answer counts, and it must be worked out, with at
+most one operator more than the gold, or a policy earns reward by boxing the question's formula.
 Evaluation (strict=False) takes the last number where no answer is marked.
 """
 import cmath
@@ -33,15 +31,18 @@ LONG, DEEP, BITS = 400, 40, 8192  # characters, nested brackets, bits of an exac
 # Zero-width characters; tags such as </s>, <|eot_id|>, [END]; private characters, see HIDE.
 INVISIBLE = re.compile(r"[\u200b-\u200f\u2060\ufeff\xad\ue000-\uf8ff]|\[[A-Z]{3,9}\]|"
                        r"<(?!answer>)[A-Za-z/|][\w|]{0,40}>")
-BOX = r"\\boxed ?\{((?:[^{}]|\{[^{}]*\})*)\}"
-FILL = r"(?:[\s$]|\\[()])*"
-REMARK = (r"\s{1,9}(?:\w{1,20}ly |indeed )?(?:right|wrong|verified|consistent|valid|confirmed|sound|checked|"
-          r"(?:in)?correct|(?:in)?accurate|(?:un)?reasonable|sensible|justified|plausible)\b")
-MARKER = re.compile(  # {0,9} in place of * keeps it linear, the first lookahead quick
-    rf"(?=[\\#a])(?=\\[bf]|(?<!#)#|an)(?:(?P<boxes>(?:{BOX}{FILL}(?:,|and\b|or\b)+{FILL})+{BOX})|(?P<box>\\(?:boxed|fbox)\s{{0,9}})|"
-    r"(?P<hashes>#{4,9}(?!#|\s{0,9}\d{1,2}[.):]\s{1,9}[A-Z*]))|"  # "#### 2. Add" is a heading
+BOX = r"\\boxed ?\{(?:[^{}]|\{[^{}]*\})*\}"
+FILL = r"(?:[\s$]|\\[()]|[a-z] ?=)*"
+REMARK = (r"\s{1,9}(?:\w{1,20}ly |indeed )?(?:right|wrong|verified|consistent|valid|confirmed|"
+          r"sound|checked|(?:in)?correct|(?:in)?accurate|(?:un)?reasonable|justified|plausible|"
+          r"below|shown|(?:found|obtained|computed|calculated) by)\b")
+MARKER = re.compile(  # {0,9} in place of * keeps it linear; the lookaheads make it quick
+    rf"(?=[\\#a])(?=\\[bf]|(?<!#)#|an)(?:(?P<boxes>(?:{BOX}{FILL}(?:,|and\b|or\b)+{FILL})+{BOX})|"
+    r"(?P<box>\\(?:boxed|fbox)\s{0,9})|"
+    r"(?P<hashes>#{4,9}(?!#|\s{0,9}\d{1,2}[.):]\s{1,9}[A-Z*]))|"  # "#### 2. Add them" is a heading
     rf"(?P<words>answers?[\s*_]{{0,9}}(?:is|are)\b(?!{REMARK})[\s:*_]{{0,9}})|"
-    r"(?P<colon>(?:(?<!/)answers?[\s*_]{0,9}[:=>]|(?:(?<=[#*])|(?<=[#*] )|(?<=final ))answer\b)[\s:*_]{0,9}(?:(?<=\n)[-•]\s)?))", re.IGNORECASE)
+    r"(?P<colon>(?:(?<!/)answers?[\s*_]{0,9}[:=>]|(?:(?<=[#*])|(?<=[#*] )|(?<=final ))answer\b)"
+    r"[\s:*_]{0,9}(?:(?<=\n)[-•]\s)?))", re.IGNORECASE)
 BRACE = re.compile(r"\\[\\{}]|[{}]")
 BARE = re.compile(r"[-+.\d\\][^\s$]*")  # \boxed 5, but not "\boxed as you wished"
 NUMBER = re.compile(r"\\[dtc]?frac\{-?[0-9]+\}\{[0-9]+\}|(?:(?<![\w)}])[-−])?\\?\$?"
@@ -53,23 +54,24 @@ HIDE = {k: 0xE000 + k for k in range(128)}  # a hidden formula has no letters, s
 SHOW = {0xE000 + k: k for k in range(128)}
 N = r"[\d\ue000-\ue07f]"  # a digit, or of a formula
 CLAUSE_END = re.compile(
-    rf"\n|(?<!\\)[.!?](?=\s|$)|;|(?<=[\d\ue029-\ue039\ue07d]) \((?=[\d\s+*/=$.,\ue000-\ue07f×x-]+\))| \((?=[a-z]{{2}})|"
-    r",?\s(?:because|since|as|which|so|where|when)\b|,(?= (?!and\b|or\b)[a-z]{2})")
+    r"\n|(?<!\\)[.!?](?=\s|$)|;| \((?=[a-z]{2})|,?\s(?:because|since|as|which|so|where|when)\b|"
+    r"(?<=[\d\ue029-\ue039\ue07d]) \((?=[\d\s+*/=$.,\ue000-\ue07f×x-]+\))|"  # 96 (48 + 48)
+    r",(?= (?!and\b|or\b)[a-z]{2})")
 LEAD = re.compile(r"(?:(?:thus|therefore|hence|then|so|simply|just|only|also|now|exactly|about|is|"
                   r"approximately|given by|equal to|equals) )+", re.IGNORECASE)
-NAMES = ("arcsin|arccos|arctan|sin|cos|tan|cot|sec|csc|exp|log|ln|abs|sqrt|pi|hundred|thousand|million|"
-         "billion|trillion|tenths|hundredths|thousandths|thirds|halves|squared|cubed|factorial|plus|"
-         "minus|divided")  # words that are no units, for they compute
+NAMES = ("arcsin|arccos|arctan|sin|cos|tan|cot|sec|csc|exp|log|ln|abs|sqrt|pi|hundred|thousand|"
+         "million|billion|trillion|tenths|hundredths|thousandths|thirds|halves|squared|cubed|"
+         "factorial|plus|minus|divided")  # words that compute: no prose and no units
 WORDS = re.compile(  # of a sentence, those apart that belong to a formula
-    rf"((?:[\s,:]*(?<![\w\\])(?!(?:{NAMES}|[A-Z]+)\b)(?:[A-Za-z]{{2,}}(?:['’-][A-Za-z]+)*|a(?= [a-z]))"
-    r"(?![\w(^{_]| ?[+*/=^<>]| - ))+)")
+    rf"((?:[\s,:]*(?<![\w\\])(?!(?:{NAMES}|[A-Z]+)\b)(?:[A-Za-z]{{2,}}(?:['’-][A-Za-z]+)*|"
+    r"a(?= [a-z]))(?![\w(^{_]| ?[+*/=^<>]| - ))+)")
 CHANGED = re.compile(  # words that make another number of the next, and quantities of two parts
     r"\b(?:not|never|than|but|except|neither|nor|half|third|quarter|twice|double|triple|times|"
-    r"square|cube|root|power|sum|product|ratio|difference|multiple|divisor|factor|reciprocal|negative|"
-    r"opposite|most|least|under|below|over|above|between|up to|isn['’]t)(?: (?:of|the|an?|equal|to))* "
-    rf"\$?-?{N}|\d [a-z]+,? \$?\d|{N} [a-z]+,? and \$?{N}")
-NO_ANSWER = re.compile(r"(?:\S+ ){3}|(?:the|an?|in|on|at|by|to|of|as|for|from|that|this|what|how|not|"
-                       r"we|it|our|your|given|found)\b", re.IGNORECASE)
+    r"square|cube|root|power|sum|product|ratio|difference|multiple|divisor|factor|reciprocal|under|"
+    r"negative|opposite|most|least|below|over|above|between|up to|isn['’]t)"
+    rf"(?: (?:of|the|an?|equal|to))* \$?-?{N}|\d [a-z]+,? \$?\d|{N} [a-z]+,? and \$?{N}")
+NO_ANSWER = re.compile(r"(?:\S+ ){3}|(?:the|an?|in|on|at|by|to|of|as|for|from|that|this|what|how|"
+                       r"not|we|it|our|your|given|found)\b", re.IGNORECASE)
 VARIABLE = re.compile(r"(?<![A-Za-z\\])[A-Za-z](?![A-Za-z])")
 
 
@@ -83,7 +85,8 @@ def extract_answer(text, strict=False):
     end, words = len(text), None
     for marker in reversed(deque(MARKER.finditer(text), maxlen=30)):  # thirty empty ones: no answer
         if marker["boxes"]:  # joined by "," "and" "or"
-            return ", ".join(re.findall(BOX, marker[0]))
+            boxes = re.findall(BOX, marker[0])
+            return ", ".join(tidy(box[box.index("{") + 1:-1]) for box in boxes)
         if marker["box"]:
             answer, at_once = in_box(text, marker.end(), end), True
         else:
@@ -92,7 +95,9 @@ def extract_answer(text, strict=False):
             return answer
         if marker["words"]:
             words = words or answer
-        end = marker.start()  # a box that reaches an unclosed one is unclosed: nothing is read twice
+        end = marker.start()  # what reaches an unclosed box is unclosed: nothing is read twice
+    if strict and words and CHANGED.search(words):  # "the sum of 3 and 4" announces the answer
+        return None
     if words or strict:
         return words or None
     numbers = NUMBER.findall(text[-50 * LONG:])
@@ -116,8 +121,8 @@ def in_sentence(text):
     """The answer with which a text begins, and whether it stands there at once.
 
     "36 + 36 = $72 dollars, because" has 72, True. A sentence that opens with words has its last
-    formula or number: "the area is $2\\pi$." has 2\\pi, False. Where words change that number, it is
-    the whole clause: "less than 72". A few words are an answer: "east", but not "the sum of both"."""
+    formula or number: "the area is $2\\pi$." has 2\\pi, False. Where words change that number, the
+    whole clause is the answer: "less than 72". A few words are one, too: "east"."""
     text = re.sub(r"\*\*|__|[`\"“”]", "", text.lstrip()[:LONG])
     text = FORMULA.sub(lambda match: match[match.lastindex].translate(HIDE), text)
     clause = CLAUSE_END.split(respell(SPOKEN, text), 1)[0]
@@ -140,13 +145,13 @@ def in_sentence(text):
 
 
 def tidy(answer):
-    """Without what surrounds it; a plain number also without money sign and thousands separators."""
+    """Without what surrounds it; a plain number also without "$" and thousands separators."""
     answer = answer.strip().lstrip(" :*_`\"“'").rstrip(" .,;:\\*_`\"”'")
     if re.fullmatch(r"-?\d*\.\d{40,}", answer):
         answer = answer.rstrip("0")
     if len(answer) > LONG:
         return answer
-    while answer.endswith("}") and answer.count("{") < answer.count("}"):  # \boxed{The answer is 5}
+    while answer.endswith("}") and answer.count("{") < answer.count("}"):  # {The answer is 5}
         answer = answer[:-1].rstrip(" .,;:\\")
     plain = re.sub(r"\\?\$|(?<=\d),(?=\d{3}(?!\d))", "", answer).replace("−", "-")
     return plain if re.fullmatch(r"-?\d*\.?\d+", plain) else answer
@@ -156,21 +161,21 @@ def tidy(answer):
 
 SPOKEN = [(r"\b(?:negative|minus) (?=[\d\\$])", "-"), (r"(?<=\d) and a half\b", ".5"),
           (rf"(?<={N}),? (?:and|or) (?=\$?-?{N})", ", ")]
-STYLE = r"\\(?:text\w*|math(?!bb)[a-z]+|[mh]box|operatorname|emph|underline|boxed|vec|bm|boldsymbol)"
-ENVIRONMENT = r"\{(?:[bpB]?(?:small)?matrix|array)\}"
+MATRIX = r"\{(?:[bpB]?(?:small)?matrix|array)\}"
+STYLE = (r"\\(?:text\w*|math(?!bb)[a-z]+|[mh]box|operatorname|emph|underline|boxed|vec|bm|"
+         r"boldsymbol)\s*")
 LETTER = r"\{?[A-Za-z]\}?"
 RULES = [
-    # a matrix is a tuple of rows in brackets; a row of one entry is that entry, a column a plain tuple
-    (rf"\\begin{ENVIRONMENT}(?:\{{[lcr|]*\}})?", "(["),
-    (rf"(?:\\\\|\\cr)?\s*\\end{ENVIRONMENT}", "])"),
+    # a matrix is a tuple of rows in brackets; a row of one entry is that entry, a column a tuple
+    (rf"\\begin{MATRIX}(?:\{{[lcr|]*\}})?", "(["), (rf"(?:\\\\|\\cr)?\s*\\end{MATRIX}", "])"),
     (r"\\\\(?:\[[\d.]+ ?[a-z]{2}\])?|\\cr(?![a-z])", "],["), ("&", ","),
-    # spaces, sizes, colours, styles, money
+    # spaces, sizes, colours, money, styles
     (r"\{([,:])\}", r"\1"), (r"(?<=\d)\\,(?=\d{3})|\\!\s*", ""),  # 10{,}080 10\,080 10,\!080
     (r"\\[,;: ]|~|\\q?quad(?![a-z])", " "),
-    (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|[lL]arge|bf)(?![a-zA-Z])", ""),
+    (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|[lL]arge|bf|hline)(?![a-zA-Z])", ""),
     (r"\\(?:text)?color(?:box)? ?\{\w*\}|\\?\$|\\[()\[\]]|[£€¢]", ""),
-    (rf"(?<=[\d)}}])\s*{STYLE}\s*\{{\s*(?!(?:[ie]|and|or|{NAMES})\b)([A-Za-z][^{{}}]*)\}}", r" unit_\1 "),
-    (rf"{STYLE}\s*\{{([^{{}}]*)\}}", r" \1 "), (rf"{STYLE}(?=\s*\{{)", ""),
+    (rf"(?<=[\d)}}])\s*{STYLE}\{{ *(?!(?:[ie]|and|or|{NAMES})\b)([A-Za-z][^{{}}]*)\}}", r" unit_\1 "),
+    (rf"{STYLE}\{{([^{{}}]*)\}}", r" \1 "), (rf"{STYLE}(?=\{{)", ""),
     # degrees count inside a function alone
     (r"\^?\s*(?:\{\s*\\circ\s*\}|\\circ(?![a-z])|\\degree)|°| (?:unit_)?degrees?\b", "°"),
     (r"(sin|cos|tan|cot|sec|csc)(\^\{?\d\}?)?\s*[({]?\s*([\d.]+)\s*°[)}]?", r"\1\2{\3\\degree}"),
@@ -179,44 +184,43 @@ RULES = [
     (r"\\?log\s*_\s*(\{[^{}]*\}|\w)", r"\\frac{1}{\\ln \1}\\ln "),
     # numbers
     (r"(?<=[\d)}])\s*(?:\\approx|≈).*", ""), (r"²", "^2"), (r"³", "^3"),  # 1/3 \approx 0.33
-    (r"\\%|\bpercent\b", "%"),
-    (r"(?<=\d)(?=[A-Za-z]{4,}|[ckm]m\b|[ap]m\b)", " "),  # 12inches
-    (r"\\[dtc]frac", r"\\frac"),
-    (r"\\frac\s*(\d)", r"\\frac{\1}"), (r"(\\frac\s*\{[^{}]*\})\s*(\d)", r"\1{\2}"),  # \frac43
-    (r"(?<![\w.^])(\d+)\s*(\\frac\{\s*\d+\s*\}\{\s*\d+\s*\}|(?<= )\d+\s*/\s*\d+)", r"(\1+\2)"),  # 1 3/4
+    (r"\\%|\bpercent\b", "%"), (r"(?<=\d)(?=[A-Za-z]{4,}|[ckm]m\b|[ap]m\b)", " "),  # 12inches
+    (r"\\[dtc]frac", r"\\frac"), (r"\\frac\s*(\d)", r"\\frac{\1}"),
+    (r"(\\frac\s*\{[^{}]*\})\s*(\d)", r"\1{\2}"),  # \frac43
+    (r"(?<![\w.^])(\d+)\s*(\\frac\{\d+\}\{\d+\}|(?<= )\d+\s*/\s*\d+)", r"(\1+\2)"),  # 1 3/4
     (r"\{(\w+) *\\choose *(\w+)\}|\\[dt]?binom\{(\w+)\}\{(\w+)\}", r"(\1\3!/(\2\4!(\1\3-\2\4)!))"),
     (r"(\d*)\.(\d*)\\overline\s*\{(\d+)\}", lambda match: repeating(*match.groups())),
-    (r"(\d)[eE]([-+]?\d)", r"\1*10^\2"), (r"(\^(?:\{[^{}]*\}|\d+ ))\s*(?=\d)", r"\1*"),  # 2^3 3^4
+    (r"(\d)[eE]([-+]?\d)", r"\1*10^\2"), (r"(\^(?:\{[^{}]*\}|\d+ )|!)\s*(?=\d)", r"\1*"),  # 2^3 3^4
     (r"\s*_\s*\{\s*\(?(\w+)\)?\s*\}", r"_\1"), (r"^\s*\((\w+)\)(?=_)", r"\1"),  # (52)_{8}
     # lists and sets
     (r",?\s+(?:and|or)\s+(?![a-z]{2})", ", "), (r"\\\{\s*\\\}", r"\\emptyset "),
     (r"\\[lr]?vert(?![a-z])", "|"),
-    (r"^\\\{\s*[a-z]\s*(?:\\in ?\\mathbb\{?R\}? ?)?(?:\\mid|\||:)(.*)\\\}$", r"\1"),  # \{x \mid x > 4\}
+    (r"^\\\{\s*[a-z]\s*(?:\\in ?\\mathbb\{?R\}? ?)?(?:\\mid|\||:)(.*)\\\}$", r"\1"),  # \{x: x > 4\}
     (r"\\mathbb\s*\{?R\}?|ℝ|all real numbers", r"(-\\infty,\\infty)"),
     (r"^\s*[a-zA-Z]\s*(?:\\in(?![a-z])|∈)", ""),  # x \in [0, 1]
     (r"^\((?:\\?[a-z]+, ?)+\\?[a-z]+\) ?= ?(?=\()", ""),  # (x, y) = (3, 10)
     (r"^([a-z]) ?= ?([^,=]+), ?(?!\1)[a-z] ?= ?([^,=]+)$", r"(\2,\3)"),  # x = 3, y = 10
     (r"^\s*[a-z] ?(?:\\neq?(?![a-z])|≠)(.+)$", r"(-\\infty,\1),(\1,\\infty)"),
-    (r"^([(\[][^,]*,)([^,]*[)\]]) *\\setminus *\\\{([^,]*)\\\}$", r"\1\3),(\3,\2"),  # [0, 9] \setminus \{5\}
+    (r"^([(\[][^,]*,)([^,]*[)\]]) *\\setminus *\\\{([^,]*)\\\}$", r"\1\3),(\3,\2"),
     (r"^-([a-z])\s*(<|>|\\[lg]eq?(?![a-z])|≤|≥)(.*)$", r"-(\3) \2 \1"),  # -x > -4
-    # what does not commute
-    (r"\|([^|]*)\|", r"\\abs{\1}"),
-    (rf"(?<![\w\\])({LETTER}) *(?:\\times(?![a-z])|×) *(?={LETTER}(?!\w))", r"\1\\cross "),
-    (r"(?<![\w\\])([fgh])(?=\()", r"\1\\of ")]
+    # absolute values, and what does not commute
+    (r"\|([^|]*)\|", r"\\abs{\1}"), (r"(?<![\w\\])([fgh])(?=\()", r"\1\\of "),
+    (rf"(?<![\w\\])({LETTER}) *(?:\\times(?![a-z])|×) *(?={LETTER}(?!\w))", r"\1\\cross ")]
 SYNONYMS = {}  # of single tokens
-for row in r"""- − – — ‐ ‑;* \cdot \times \ast × · ⋅;/ \div ÷ \over;: \colon;( \langle;) \rangle;\pi π pi;
-    = \approx ≈ \equiv ≡;\{ \lbrace;\} \rbrace;< \lt;> \gt;<= \le \leq \leqslant ≤;\theta θ;\pm ±;
-    , \cup ∪;>= \ge \geq \geqslant ≥;\sqrt √ sqrt;\infty ∞ infinity Infinity;\emptyset ∅ \varnothing;
-    \setminus \smallsetminus \backslash""".split(";"):
+for row in r"""- − – — ‐ ‑;* \cdot \times \ast × · ⋅;/ \div ÷ \over;: \colon;( \langle;) \rangle;
+    = \approx ≈ \equiv ≡;\{ \lbrace;\} \rbrace;< \lt;> \gt;<= \le \leq \leqslant ≤;, \cup ∪;
+    >= \ge \geq \geqslant ≥;\sqrt √ sqrt;\infty ∞ infinity Infinity;\emptyset ∅ \varnothing;
+    \pi π pi;\theta θ;\setminus \smallsetminus \backslash""".split(";"):
     SYNONYMS.update(dict.fromkeys(row.split(), row.split()[0]))
 TOKEN = re.compile(rf"\d+(?:\.\d*)?|\.\d+|\\[a-zA-Z]+|\\.|<=|>=|[A-Za-z]{{4,}}|{NAMES}|[A-Z]{{2,}}|"
                    r"[A-Za-z]_(?:\d+|[A-Za-z])|\S")  # AB is one name, xy is x times y
-# A unit stands behind a number. In formulas a letter is a variable, but a rule marks \text{ W} as unit_W.
-A_UNIT = (r"(?:unit_[A-Za-z.]+|(?:(?:[cmk]m|[km]g|[kmg]?hz|[kmgt]b|[km]?wh|in|ft|yd|mi|lb|oz|ml|pt|qt|"
-          r"gal|sec|min|hr|day|wk|yr|cup|men|egg|pen)s?|[ap]m|mph|[cmk]?m/s|km/h|of|and|the|per|an?|for|"
-          rf"at|on|by)\b|(?!(?:{NAMES})\b)[A-Za-z]{{4,}})")
-UNIT = re.compile(rf"(?:(?<=[\d)}}\]i%!])|(?<=llion)) (?:(?:unit_)?(?:square|sq|cubic|cu)\.? )*({A_UNIT}"
-                  rf"(?:[ ./]+(?:{A_UNIT}|[a-z]))*)(?: ?\^\{{?[23]\}}?| squared)?(?=$|[,)\]\\])", re.IGNORECASE)
+# A unit stands behind a number. In formulas a letter is a variable; \text{ W} was marked as unit_W.
+UNIT = re.compile(
+    r"(?:(?<=[\d)}\]i%!])|(?<=llion)) (?:(?:unit_)?(?:square|sq|cubic|cu)\.? )*((?:unit_[A-Za-z.]+|"
+    r"(?:(?:[cmk]m|[km]g|[kmg]?hz|[kmgt]b|[km]?wh|in|ft|yd|mi|lb|oz|ml|pt|qt|gal|sec|min|hr|day|wk|"
+    r"yr|cup|men|egg|pen)s?|[ap]m|mph|[cmk]?m/s|km/h|of|per|an?|for)\b|"
+    rf"(?!(?:{NAMES})\b)[A-Za-z]{{4,}})(?:[ ./]+(?!(?:{NAMES})\b)[A-Za-z_]+)*)"
+    r"(?: ?\^\{?[23]\}?| squared)?(?=$|[,)\]\\])", re.IGNORECASE)
 CHOICE = re.compile(r"\(([A-H])\) (.+)")  # (C) 12
 BASE = re.compile(r"(?<=\d)_\d+$|\s*\(? ?\\?[pb]?mod ?[{( ]*\d+[})]*$")  # 4210_5, 5 \pmod{17}
 
@@ -242,20 +246,20 @@ def normalise(answer):
         answer = re.sub(r"(?<=\d)[, ](?=\d{3}(?!\d))", "", answer)
     answer = " ".join(answer.split()).rstrip(" .,;:")
     if re.match(r"[A-Za-z]{2,} .*\d", answer):  # \boxed{\text{There are 45 pens left}}
-        answer = in_sentence(answer)[0]
+        answer = in_sentence(answer)[0] or answer
     return answer
 
 
 # ---- Reading: tokens -> tree ---------------------------------------------------------------------
 
-Value = namedtuple("Value", "numbers name", defaults=[""])  # at four points; the name of a variable
-Group = namedtuple("Group", "kind items")  # "," in any order; in this order: "(]" and the like, or "<"
-Equation = namedtuple("Equation", "name right difference")  # of the left side; left - right, scaled
-Operator = namedtuple("Operator", "left right function")  # how tightly it binds to its left and right
+Value = namedtuple("Value", "numbers name", defaults=[""])  # a number, or a formula at four points
+Group = namedtuple("Group", "kind items")  # kind "," in any order; "(]" and the like in this one
+Equation = namedtuple("Equation", "name right difference")  # name if its left side is a variable
+Operator = namedtuple("Operator", "left right function")  # how tightly it binds on each side
 
 
 class Reader:
-    """Reads tokens and computes on the way. ValueError or ArithmeticError where they mean nothing."""
+    """Reads tokens and computes on the way. ValueError or ArithmeticError if they mean nothing."""
 
     def __init__(self, tokens):
         self.rest = ["", *reversed(tokens)]  # the next token stands last
@@ -318,8 +322,8 @@ class Reader:
         if token == r"\frac":
             return apply(operator.truediv, self.operand(), self.operand())
         if token == r"\sqrt":
-            degree = self.operand() if self.rest[-1] == "[" else constant(2)
-            return apply(root, self.operand(), degree)
+            degree = self.operand() if self.rest[-1] == "[" else constant(Fraction(2))
+            return apply(power, self.operand(), apply(operator.truediv, constant(1), degree))
         if name in FUNCTIONS:
             exponent = self.operand() if self.skip("^") else constant(1)
             argument = self.operand() if self.rest[-1] in OPEN else self.expression(2)
@@ -366,7 +370,7 @@ def read(answer):
             if reader.rest != [""]:
                 raise ValueError("more than an expression")
         except (ValueError, ArithmeticError):
-            return Group(re.sub(r"[\s{}]", "", answer).casefold(), [])
+            return Group("".join(answer.split()).casefold(), [])
     return trees[0] if len(trees) == 1 else Group(",", trees)
 
 
@@ -386,18 +390,14 @@ def apply(function, *values):
     """function(values), point by point."""
     if not all(isinstance(value, Value) for value in values):
         raise ValueError("a tuple, a list or an equation is no number")
-    numbers = []
-    for number in map(function, *[value.numbers for value in values]):
-        if not isinstance(number, Rational) and not cmath.isfinite(number):
-            raise ValueError("too large")
-        numbers.append(complex(number) if is_large(number) else number)
+    numbers = list(map(function, *[value.numbers for value in values]))
+    for k, number in enumerate(numbers):
+        if not isinstance(number, Rational):
+            if not cmath.isfinite(number):
+                raise ValueError("too large")
+        elif max(number.numerator.bit_length(), number.denominator.bit_length()) > BITS:
+            numbers[k] = complex(number)
     return Value(numbers)
-
-
-def is_large(number):
-    if not isinstance(number, Rational):
-        return False
-    return max(number.numerator.bit_length(), number.denominator.bit_length()) > BITS
 
 
 def power(base, exponent):
@@ -405,10 +405,6 @@ def power(base, exponent):
         if abs(exponent) * max(base.numerator.bit_length(), base.denominator.bit_length()) <= BITS:
             return Fraction(base) ** int(exponent)
     return complex(base) ** complex(exponent)
-
-
-def root(radicand, degree):
-    return power(radicand, 1 / Fraction(degree))
 
 
 def factorial(n):
@@ -423,21 +419,20 @@ def opaque(x, y):
 
 
 INFINITY = 10 ** 300
-FUNCTIONS = {"sin": cmath.sin, "cos": cmath.cos, "tan": cmath.tan, "cot": lambda z: 1 / cmath.tan(z),
-             "sec": lambda z: 1 / cmath.cos(z), "csc": lambda z: 1 / cmath.sin(z), "abs": abs,
+FUNCTIONS = {"sin": cmath.sin, "cos": cmath.cos, "tan": cmath.tan, "abs": abs,
+             "cot": lambda z: 1 / cmath.tan(z), "sec": lambda z: 1 / cmath.cos(z),
+             "csc": lambda z: 1 / cmath.sin(z),
              "arcsin": cmath.asin, "arccos": cmath.acos, "arctan": cmath.atan, "exp": cmath.exp,
              "ln": cmath.log, "log": cmath.log10}
 CONSTANTS = {"pi": cmath.pi, "e": cmath.e, "i": 1j, "infty": INFINITY, "degree": cmath.pi / 180,
-             "hundred": 100, "thousand": 10 ** 3, "million": 10 ** 6, "billion": 10 ** 9,
+             "hundred": 100, "thousand": 1000, "million": 10 ** 6, "billion": 10 ** 9,
              "trillion": 10 ** 12}
 OPERATORS = {"+": Operator(1, 1, operator.add), "-": Operator(1, 1, operator.sub),
              "*": Operator(2, 3, operator.mul), "/": Operator(2, 3, operator.truediv),
              "beside": Operator(3, 3, operator.mul),             # 1/2x is (1/2)x,
-             "before a function": Operator(2, 3, operator.mul),  # and sin x cos y is (sin x)(cos y)
-             "^": Operator(6, 5, power), r"\of": Operator(8, 8, opaque), ":": Operator(1, 1, opaque),
-             r"\mid": Operator(1, 1, opaque), r"\setminus": Operator(1, 1, opaque),
-             r"\cross": Operator(2, 3, opaque)}
-RELATIONS = ("=", "<", ">", "<=", ">=")
+             "before a function": Operator(2, 3, operator.mul),  # and sin x cos y (sin x)(cos y)
+             "^": Operator(6, 5, power), r"\of": Operator(8, 8, opaque),
+             **dict.fromkeys((":", r"\mid", r"\setminus", r"\cross"), Operator(1, 1, opaque))}
 OPEN, CLOSE = ("(", "[", "{", r"\{"), (")", "]", "}", r"\}")
 
 
@@ -473,11 +468,10 @@ def equal(gold, answer):
     gold, answer = UNIT.sub("", gold), UNIT.sub("", answer)
     if bool(BASE.search(gold)) != bool(BASE.search(answer)):
         gold, answer = BASE.sub("", gold), BASE.sub("", answer)
-    has_percent = "%" in gold + answer and not (gold.isdigit() or answer.isdigit())
+    has_percent = "%" in gold + answer and not gold.isdigit() and not answer.isdigit()
+    readings = ["", "/100"] if has_percent else [""]
     try:
-        if same(read(gold.replace("%", "")), read(answer.replace("%", ""))):
-            return True
-        return has_percent and same(read(gold.replace("%", "/100")), read(answer.replace("%", "/100")))
+        return any(same(read(gold.replace("%", p)), read(answer.replace("%", p))) for p in readings)
     except OverflowError:  # an exact number too large to compare with a float
         return False
 
@@ -509,7 +503,7 @@ def same(gold, answer):
 
 
 def close(x, y, point):
-    """Are two numbers equal, exactly or to nine digits? Where variables are negative, if both are real."""
+    """Are two numbers equal? What is not real where variables are negative does not count."""
     if isinstance(x, Rational) and isinstance(y, Rational):
         return x == y
     if point > 1 and abs(x.imag) + abs(y.imag) > 1e-9:

@@ -1,184 +1,316 @@
 """
-Every row of the paper's Tables 1 and 2, and more, on the embedded default: seeds, two sets of problems, equal budgets of tokens.
+Every row of the paper's Tables 1 and 2, and more, on the embedded default: seeds, two sets of
+problems, equal budgets of generated tokens.
 
-    python results/sweep.py --jobs 2 --seeds 5 --out out/sweep      # go on where it was stopped: the same command
-    python results/plot.py sweep                                    # then: pictures and a table
+    python results/sweep.py --jobs 2 --seeds 5     # to go on where it was stopped: the same command
+    python results/plot.py sweep                   # then: pictures and a table
 
-Seed 0 of all rows comes first, so that a sweep that was stopped is balanced. A finished run is one line of results/sweep.jsonl
-and is not run again; to run all anew, name another --log and --out. What a run prints is in OUT/SET-ROW-SEED.txt.
+A finished run is a line of results/sweep.jsonl and is not run again; to run all anew, name another
+--log and --out. Seed 0 of all rows comes first, so that a sweep that was stopped is balanced. What
+a run prints is in OUT/SET-ROW-SEED.txt.
 """
-import argparse
-import itertools
 import json
-import multiprocessing
 import os
-import runpy
 import signal
+import subprocess
 import sys
 import threading
 import time
-import traceback
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from typing import NamedTuple
 
 import numpy as np
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-import train  # noqa: E402, F401: before the fork
-from tree import run_command  # noqa: E402
+HERE = os.path.dirname(os.path.abspath(__file__))
+ROOT = os.path.dirname(HERE)
+sys.path.insert(0, ROOT)
+from tree import (InputError, append_jsonl, arguments, at_least, continue_jsonl,  # noqa: E402
+                  get_field, lock, read_jsonl, run_command)
 
-TEACHER = "--teacher data/arithmetic/teacher"
-REINFORCE_KL = f"--group question --reward teacher {TEACHER} --lr 5e-4"
+# ---- What is run ---------------------------------------------------------------------------------
+STUDENT = "data/arithmetic/student"
+TEACHER = "data/arithmetic/teacher"
+REINFORCE_KL = f"--group question --reward teacher --teacher {TEACHER} --lr 5e-4"
 ROWS = {  # the flags of train.py
-    "grpo": "--group question --baseline grpo",  # Table 1
-    "flat": "--baseline flat", "trace": "--group trace --baseline expectation", "expectation": "--baseline expectation",
-    "optimistic": "--baseline optimistic", "pessimistic": "--baseline pessimistic", "qp_hard": "--baseline qp_hard",
-    "qp_soft": "--baseline qp_soft", "mc": "--baseline mc --mc_rollouts 4",  # the paper's other estimators
-    "reinforce_kl": REINFORCE_KL,  # Table 2, whose last row is "expectation"
-    "reinforce_kl_baseline": f"{REINFORCE_KL} --critic data/arithmetic/student --gae_lambda 1",
-    "actor_critic": f"{REINFORCE_KL} --critic data/arithmetic/student --gae_lambda 0.95",
+    # Table 1
+    "grpo": "--group question --baseline grpo",
+    "flat": "--baseline flat",
+    "trace": "--group trace --baseline expectation",
+    "expectation": "--baseline expectation",
+    "optimistic": "--baseline optimistic",
+    "pessimistic": "--baseline pessimistic",
+    "qp_hard": "--baseline qp_hard",
+    # the paper's other estimators
+    "qp_soft": "--baseline qp_soft",
+    "mc": "--baseline mc --mc_rollouts 4",
+    # Table 2, whose last row is "expectation"
+    "reinforce_kl": REINFORCE_KL,
+    "reinforce_kl_baseline": f"{REINFORCE_KL} --critic {STUDENT} --gae_lambda 1",
+    "actor_critic": f"{REINFORCE_KL} --critic {STUDENT} --gae_lambda 0.95",
     "mcts_reinforce": REINFORCE_KL + " --teacher_adapter {out}/{set}-teacher",
-    "gkd": f"--group question --reward none --distill_coef 1 {TEACHER} --lr 5e-4",
-    "tree_opo_kl": f"--baseline expectation {TEACHER} --distill_coef 0.1 --kl student_teacher",
-    "off_policy": f"--baseline none --behaviour teacher {TEACHER}",  # Sec. 3.1
-    "grpo_clipped": "--group question --baseline grpo --epochs 2 --kl_coef 0.04",  # as its users know it
+    "gkd": f"--group question --reward none --distill_coef 1 --teacher {TEACHER} --lr 5e-4",
+    "tree_opo_kl":
+        f"--baseline expectation --teacher {TEACHER} --distill_coef 0.1 --kl student_teacher",
+    # Sec. 3.1
+    "off_policy": f"--baseline none --behaviour teacher --teacher {TEACHER}",
+    # GRPO as its users know it, and the same of Tree-OPO
+    "grpo_clipped": "--group question --baseline grpo --epochs 2 --kl_coef 0.04",
     "tree_opo_clipped": "--baseline expectation --epochs 2 --kl_coef 0.04",
-    "rloo": "--group question --baseline rloo",  # beyond the paper
-} | {name: f"--baseline {name}" for name in "loo teacher treepo treerl treerpo".split()}
-SETS = {"easy": ("data/arithmetic/", 30_000), "hard": ("data/arithmetic/hard_", 60_000)}  # how its files begin, generated tokens a run
-OFTEN = "--eval_every 10"
-CURVES = "reward sat adv_var adv_var_scaled entropy".split()  # of log.jsonl
-children, preparing = set(), threading.Lock()
+    # beyond the paper
+    "rloo": "--group question --baseline rloo",
+    "loo": "--baseline loo",
+    "teacher": "--baseline teacher",
+    "treepo": "--baseline treepo",
+    "treerl": "--baseline treerl",
+    "treerpo": "--baseline treerpo",
+}
 
 
-def script(command, out):
-    """In a process of its own: run one of the scripts, what it prints into the file `out`, and end with its exit status."""
-    for stream in (1, 2):
-        os.dup2(os.open(out, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
-    sys.argv, status = command, 1
-    try:
-        runpy.run_path(command[0], run_name="__main__")
-        status = 0
-    except SystemExit as end:
-        status = end.code or 0
-    except Exception:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        os._exit(status)  # at once: what the fork brought along has nothing to tidy up
+class ProblemSet(NamedTuple):
+    """A set of problems, with its trees and its test problems."""
+    files: str   # how the names of its files begin
+    tokens: int  # generated by each run
 
 
-def call(command, folder, deadline):
-    """Run a command, training from the folder's checkpoint if there is one. Raises RuntimeError if it fails, TimeoutError at the deadline."""
-    resume = ["--resume"] if command[0] == "train.py" and os.path.exists(f"{folder}/log.jsonl") else []
-    # forked, not started anew: PyTorch takes seconds to import, a third of a run
-    child = multiprocessing.get_context("fork").Process(target=script, args=([*command, *resume], f"{folder}.txt"))
-    child.start()
-    children.add(child)
-    child.join(max(0, deadline - time.time()))
-    if child.is_alive():
-        child.kill()
-        raise TimeoutError
-    if child.exitcode:
-        raise RuntimeError(f"exit status {child.exitcode}, {folder}.txt ends in\n    " + "    ".join(list(open(f"{folder}.txt", errors="replace"))[-8:]))
+SETS = {
+    "easy": ProblemSet("data/arithmetic/", 30_000),
+    "hard": ProblemSet("data/arithmetic/hard_", 60_000),
+}
 
 
-def prepare_teacher(name, out, deadline):
-    """For mcts_reinforce: the teacher, fine-tuned on the successful traces of its own search (Sec. 4.3)."""
-    searches, folder = f"{out}/{name}-search.jsonl", f"{out}/{name}-teacher"
-    sft = ["--objective", "sft", "--model", "data/arithmetic/teacher", "--trees", searches, "--eval_every", "0"]
-    if not os.path.exists(f"{folder}.done"):
-        call(["mcts.py", "--data", f"{SETS[name][0]}train.jsonl", "--limit", "500", "--max_new_tokens", "128", "--out", searches], folder, deadline)
-        call(["train.py", *sft, "--out", folder], folder, deadline)
-        open(f"{folder}.done", "w").close()
+class Job(NamedTuple):
+    """One run of one row."""
+    set: str
+    row: str
+    seed: int
+    flags: str  # of train.py
+
+    def title(self):
+        return f"{self.set} {self.row} seed {self.seed}"
+
+
+def plan(args):
+    """Every run, [Job]."""
+    jobs = []
+    for seed in range(args.seeds):
+        for row in args.rows:
+            for name in args.sets:
+                files, tokens = SETS[name]
+                flags = (f"{ROWS[row]} --seed {seed} --trees {files}trees.jsonl "
+                         f"--eval_data {files}test.jsonl --max_tokens {args.tokens or tokens}")
+                if "--lr" not in ROWS[row]:
+                    flags += f" --lr {args.lr}"
+                jobs.append(Job(name, row, seed, flags))
+    return jobs
+
+
+# ---- One run -------------------------------------------------------------------------------------
+class Failed(Exception):
+    """A script ended with a mistake, or could not finish in time."""
+
+
+class Scripts:
+    """Runs the project's scripts, each in a process of its own, and ends those that are left."""
+
+    def __init__(self, deadline):
+        self.deadline = deadline  # of time.monotonic()
+        self.processes = set()    # at work
+        self.preparing = threading.Lock()
+
+    def run(self, said, script, *flags):
+        """Run a script; what it prints is appended to the file `said`. Raises Failed."""
+        left = self.deadline - time.monotonic()
+        if left <= 0:
+            raise Failed("no time is left; the same command goes on")
+        command = [sys.executable, os.path.join(ROOT, script), *map(str, flags)]
+        with open(said, "ab") as out:
+            process = subprocess.Popen(
+                command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=out, stderr=out,
+                env={**os.environ, "OMP_NUM_THREADS": "1"})
+        self.processes.add(process)
+        try:
+            status = process.wait(left)
+        except subprocess.TimeoutExpired:
+            process.terminate()  # train.py finishes its step and saves
+            process.wait()
+            raise Failed("no time is left; the same command goes on") from None
+        finally:
+            self.processes.discard(process)
+        if status != 0:
+            raise Failed(f"{script} ended with status {status}, and {said} ends in: "
+                         f"{last_line(said)}")
+
+    def stop(self):
+        """End what is still running."""
+        for process in list(self.processes):
+            process.terminate()
+
+
+def last_line(path):
+    """The last line of a text file that is not blank."""
+    with open(path, encoding="utf-8", errors="replace") as file:
+        lines = [line.strip() for line in file if line.strip()]
+    return lines[-1] if lines else "nothing"
+
+
+def prepare_teacher(name, out, scripts):
+    """For mcts_reinforce: the teacher, fine-tuned on the successful traces of its own search
+    (Sec. 4.3). Run again, it is done where the first time came to its end."""
+    folder = f"{out}/{name}-teacher"
+    searches = f"{out}/{name}-search.jsonl"
+    done = f"{folder}.done"
+    if os.path.exists(done):
+        return
+    scripts.run(f"{folder}.txt", "mcts.py", "--model", TEACHER, "--out", searches,
+                "--data", f"{SETS[name].files}train.jsonl", "--limit", 500,
+                "--max_new_tokens", 128)
+    scripts.run(f"{folder}.txt", "train.py", "--objective", "sft", "--model", TEACHER,
+                "--trees", searches, "--eval_every", 0, "--out", folder, "--resume")
+    with open(done, "w"):
+        pass
+
+
+def run(job, out, scripts):
+    """Train and score one job, from wherever it stands. Returns its line for the log."""
+    folder = f"{out}/{job.set}-{job.row}-{job.seed}"
+    if job.row == "mcts_reinforce":
+        with scripts.preparing:
+            prepare_teacher(job.set, out, scripts)
+    flags = job.flags.format(out=out, set=job.set).split()
+    # --resume starts anew where there is no checkpoint yet
+    scripts.run(f"{folder}.txt", "train.py", *flags, "--eval_every", 10, "--out", folder,
+                "--resume")
+    scripts.run(f"{folder}.txt", "evaluate.py", "--model", STUDENT, "--adapter", folder,
+                "--data", f"{SETS[job.set].files}test.jsonl", "--samples", 4,
+                "--max_new_tokens", 96, "--out", f"{folder}/final.jsonl")
+    return job._asdict() | summarise(folder)
+
+
+# ---- Its line in the log -------------------------------------------------------------------------
+CURVES = ("reward", "sat", "adv_var", "adv_var_scaled", "entropy")
+MEANS = (*CURVES, "sat_sd", "sat_pair", "sat_triplet", "dead", "truncated", "kl", "ess")
+POINTS = 30  # of a curve
 
 
 def read(path):
-    return [json.loads(line) for line in open(path, encoding="utf-8")]
+    """The rows of a JSONL file, as they are."""
+    return list(read_jsonl(path, lambda row, number: row))
 
 
 def mean(values):
-    values = [value for value in values if value is not None]  # 4 digits are enough
-    return float(f"{np.mean(values):.4g}") if values else None
+    """The mean of what is not null, to 4 digits; null where nothing is."""
+    values = [value for value in values if value is not None]
+    if not values:
+        return None
+    return float(f"{np.mean(values):.4g}")
 
 
-def summarise(folder, **names):
-    """A finished run as one object: accuracies, thinned curves, and which test problems the greedy answer solved."""
-    log = [row for row in read(f"{folder}/log.jsonl") if "loss" in row]  # the others are evaluations
-    correct = [row["correct"] for row in read(f"{folder}/final.jsonl")]
-    steps = sorted(int(file[5:-6]) for file in os.listdir(folder) if file.startswith("eval-") and file.endswith(".jsonl"))
-    parts = [log[part[0]:part[-1] + 1] for part in np.array_split(np.arange(len(log)), min(30, len(log)))]
-    return dict(names, steps=len(log), tokens=log[-1]["tokens"], seconds=round(sum(row["seconds_rollout"] + row["seconds_update"] for row in log), 1),
-                peak_memory_mb=round(max(row["peak_memory_mb"] for row in log)), greedy=mean(c[0] for c in correct), sampled=mean(x for c in correct for x in c[1:]),
-                evaluations=[(log[step - 1]["tokens"] if step else 0, mean(row["correct"][0] for row in read(f"{folder}/eval-{step}.jsonl"))) for step in steps],
-                means={key: mean(row.get(key) for row in log) for key in CURVES + "sat_sd sat_pair sat_triplet dead truncated kl ess".split()},
-                curves={"tokens": [part[-1]["tokens"] for part in parts]} | {key: [mean(row.get(key) for row in part) for part in parts] for key in CURVES},
-                correct="".join(str(int(c[0])) for c in correct))
+def column(rows, name):
+    """A figure of the training log, null in the rows that lack it."""
+    return [row.get(name) for row in rows]
 
 
-def run(name, row, seed, flags, args, deadline):
-    """One run, from wherever it stands, to its summary."""
-    folder = f"{args.out}/{name}-{row}-{seed}"
-    if row == "mcts_reinforce":
-        with preparing:
-            prepare_teacher(name, args.out, deadline)
-    call(["train.py", *flags.format(out=args.out, set=name).split(), *OFTEN.split(), "--out", folder], folder, deadline)
-    call(["evaluate.py", "--model", "data/arithmetic/student", "--adapter", folder, "--data", f"{SETS[name][0]}test.jsonl", "--samples", "4",
-          "--max_new_tokens", "96", "--out", f"{folder}/final.jsonl"], folder, deadline)
-    return summarise(folder, set=name, row=row, seed=seed, flags=flags)
+def summarise(folder):
+    """A finished run as one object: accuracies, the means of its log, thinned curves, and as digits
+    which test problems the greedy answer solved."""
+    log = read(f"{folder}/log.jsonl")
+    steps = [row for row in log if "loss" in row]
+    scores = [row for row in log if "eval_accuracy" in row]
+    tokens = {0: 0} | {row["step"]: row["tokens"] for row in steps}
+    greedy = []
+    sampled = []
+    for row in read(f"{folder}/final.jsonl"):
+        greedy.append(row["correct"][0])
+        sampled += row["correct"][1:]
+    curves = {name: [] for name in ("tokens", *CURVES)}
+    for part in np.array_split(np.arange(len(steps)), min(POINTS, len(steps))):
+        rows = [steps[k] for k in part]
+        curves["tokens"].append(rows[-1]["tokens"])
+        for name in CURVES:
+            curves[name].append(mean(column(rows, name)))
+    seconds = sum(column(steps, "seconds_rollout")) + sum(column(steps, "seconds_update"))
+    return dict(
+        steps=len(steps), tokens=steps[-1]["tokens"], seconds=round(seconds, 1),
+        peak_memory_mb=round(max(column(steps, "peak_memory_mb"))),
+        greedy=mean(greedy), sampled=mean(sampled),
+        evaluations=[(tokens[row["step"]], mean([row["eval_accuracy"]])) for row in scores],
+        means={name: mean(column(steps, name)) for name in MEANS}, curves=curves,
+        correct="".join(str(int(solved)) for solved in greedy))
 
 
-def sweep(args, pool):
-    """All runs, `jobs` at a time; each summary is appended to the log as it comes, a failure is shown and passed over."""
-    todo, begun, counts = {}, time.time(), dict(finished=0, failed=0, stopped=0)
-    for seed, row, name in itertools.product(range(args.seeds), args.rows, args.sets):
-        data, tokens = SETS[name]
-        flags = f"{ROWS[row]} --seed {seed} --trees {data}trees.jsonl --eval_data {data}test.jsonl --max_tokens {args.tokens or tokens}"
-        todo[name, row, seed] = flags + (f" --lr {args.lr}" if args.lr and "--lr" not in flags else "")
-    old = {(s["set"], s["row"], s["seed"]): s["flags"] for s in read(args.log)} if os.path.exists(args.log) else {}
-    new = {key: flags for key, flags in todo.items() if old.get(key) != flags}
-    print(f"{len(todo)} runs, {len(todo) - len(new)} of them finished before; {args.jobs} at a time", flush=True)
-    titles = {pool.submit(run, *key, flags, args, begun + 60 * args.minutes): "{} {} seed {}".format(*key) for key, flags in new.items()}
-    for future in as_completed(titles):
+# ---- All runs ------------------------------------------------------------------------------------
+def parse_line(line, number):
+    """A line of the log as the Job that it is of."""
+    return Job(set=get_field(line, "set", str, "the name of a set of problems"),
+               row=get_field(line, "row", str, "the name of a row"),
+               seed=get_field(line, "seed", int, "the run's seed"),
+               flags=get_field(line, "flags", str, "the flags of train.py"))
+
+
+def sweep(jobs, args, scripts, pool):
+    """Run what the log does not hold yet, and append each line as it comes. A run that fails is
+    told, and stops no other. Returns how many failed."""
+    begun = time.monotonic()
+    finished = set(continue_jsonl(args.log, parse_line))
+    todo = [job for job in jobs if job not in finished]
+    print(f"{len(jobs)} runs, {len(jobs) - len(todo)} of them finished before; "
+          f"{args.jobs} at a time")
+    futures = {pool.submit(run, job, args.out, scripts): job for job in todo}
+    failed = 0
+    for done, future in enumerate(as_completed(futures), 1):
+        title = f"{done}/{len(todo)} {futures[future].title()}"
         try:
-            s = future.result()
-        except TimeoutError:
-            counts["stopped"] += 1
-        except Exception as error:  # whatever it is, it is shown and stops no other run
-            counts["failed"] += 1
-            print(f"{titles[future]} failed: {error}", flush=True)
-        else:
-            counts["finished"] += 1
-            with open(args.log, "a", encoding="utf-8") as out:
-                out.write(json.dumps(s) + "\n")
-            eta = (time.time() - begun) / counts["finished"] * (len(new) - sum(counts.values()))
-            print(f"{counts['finished']}/{len(new)} {titles[future]}: greedy {100 * s['greedy']:.1f} %, sampled {100 * s['sampled']:.1f} %, "
-                  f"{s['seconds']:.0f} s | ETA {eta // 3600:.0f}:{eta // 60 % 60:02.0f} h", flush=True)
-    print(", ".join(f"{count} {name}" for name, count in counts.items()) + f"; finished runs are in {args.log}")
+            line = future.result()
+        except (Failed, InputError, OSError) as error:
+            failed += 1
+            print(f"{title} failed: {error}")
+            continue
+        append_jsonl(args.log, line)
+        left = round((time.monotonic() - begun) / done * (len(todo) - done) / 60)
+        print(f"{title}: greedy {100 * line['greedy']:.1f} %, sampled "
+              f"{100 * line['sampled']:.1f} %, {line['seconds']:.0f} s | "
+              f"ETA {left // 60}:{left % 60:02d} h")
+    print(f"{len(todo) - failed} finished, {failed} failed; finished runs are in {args.log}")
+    return failed
+
+
+def parse_args():
+    """The flags; paths are of the folder where the command was given."""
+    parser = arguments("Run every row of the paper's tables.")
+    add = parser.add_argument
+    add("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="NAME",
+        help=f"some of {', '.join(ROWS)}")
+    add("--sets", nargs="+", choices=SETS, default=list(SETS), metavar="NAME",
+        help=f"some of {', '.join(SETS)}")
+    add("--seeds", type=at_least(1), default=5, help="runs of a row on a set")
+    add("--jobs", type=at_least(1), default=2, help="runs side by side, one thread each")
+    add("--tokens", type=at_least(0), default=0,
+        help="generated tokens a run; 0 is 30,000 on easy and 60,000 on hard")
+    # at the preset's 3e-4 all rows soon meet the teacher's accuracy and differ no more
+    add("--lr", type=at_least(1e-12, float), default=2e-4, help="of the rows that name none")
+    add("--minutes", type=at_least(0, float), default=1e4, help="stop after so many")
+    add("--out", default=os.path.join(ROOT, "out", "sweep"), help="folder of the run folders")
+    add("--log", default=os.path.join(HERE, "sweep.jsonl"),
+        help="a finished run a line; what is there is not run again")
+    args = parser.parse_args()
+    args.out = os.path.abspath(args.out)
+    return args
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Run every row of the paper's tables.", formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
-    for name, choices in (("--rows", ROWS), ("--sets", SETS)):
-        parser.add_argument(name, nargs="+", choices=choices, default=list(choices), metavar="NAME", help="some of " + ", ".join(choices))
-    parser.add_argument("--seeds", type=int, default=5, help="runs of a row on a set")
-    parser.add_argument("--jobs", type=int, default=2, help="runs side by side, one thread each")
-    parser.add_argument("--tokens", type=int, help="generated tokens a run; default 30,000 on easy, 60,000 on hard")
-    parser.add_argument("--lr", type=float, default=2e-4, help="learning rate of the rows that name none; at the preset's 3e-4 all of them soon meet the teacher's accuracy")
-    parser.add_argument("--minutes", type=float, default=1e4, help="stop after so many")
-    parser.add_argument("--out", default="out/sweep", help="folder of the run folders")
-    parser.add_argument("--log", default="results/sweep.jsonl", help="one finished run a line; what is there is not run again")
-    args = parser.parse_args()
-    os.makedirs(args.out, exist_ok=True)
-    os.environ["OMP_NUM_THREADS"] = "1"
-    train.torch.set_num_threads(1)
-    open(args.log, "a", encoding="utf-8").close()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops as Ctrl-C does, and its children with it
+    args = parse_args()
+    held = lock(os.path.join(args.out, "sweep"))  # which makes the folder, too
+    scripts = Scripts(time.monotonic() + 60 * args.minutes)
     pool = ThreadPoolExecutor(args.jobs)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops as Ctrl-C does
     try:
-        sweep(args, pool)
+        failed = sweep(plan(args), args, scripts, pool)
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-        [child.terminate() for child in list(children)]
+        scripts.stop()
+    held.close()
+    if failed:
+        sys.exit(1)
 
 
 if __name__ == "__main__":
