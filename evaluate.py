@@ -36,7 +36,7 @@ from transformers import (AutoModelForCausalLM, AutoModelForTokenClassification,
                           DynamicCache)
 from transformers.utils import logging
 
-from data.grade import equal, extract_answer, is_correct
+from data.grade import equal, extract_answer, is_correct, is_solved
 from tree import (BLANK_LINE, JOIN, InputError, append_jsonl, arguments, at_least, continue_jsonl,
                   get_field, lock, pack, printable, read_jsonl, read_problems, rng, run_command,
                   shorten)
@@ -52,7 +52,7 @@ BASE_WEIGHTS = "base_weights.json"  # beside an adapter: the checksum of the wei
 
 # ---- Ranks ---------------------------------------------------------------------------------------
 def distributed():
-    """(rank, world size, device) of this process; joins the others where torchrun started several."""
+    """(rank, world size, device) of this process, which joins the others of its torchrun."""
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cpu")
@@ -69,6 +69,12 @@ def distributed():
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(days=7))  # a slow rank is waited for
     return rank, world, device
+
+
+def say(sentence):
+    """Print a sentence once, however many ranks there are."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print(sentence, flush=True)
 
 
 def gather(item):
@@ -135,7 +141,8 @@ def load_weights(auto_class, path, dtype, new_weights=(), **how):
 def unusable(what, error, expected):
     """An InputError that says in one sentence why a library could not read something."""
     reason = " ".join(str(error).split())[:300]
-    return InputError(f"{what} cannot be used ({type(error).__name__}): {reason}; expected {expected}")
+    kind = type(error).__name__
+    return InputError(f"{what} cannot be used ({kind}): {reason}; expected {expected}")
 
 
 def load_tokenizer(model, adapter=None):
@@ -202,7 +209,7 @@ def base_checksum(model):
 
 
 def load_critic(path, device):
-    """A decoder with a fresh value head, one number a token (App. B), all of it float32, to train."""
+    """A decoder with a fresh value head, one number a token (App. B), in float32, to be trained."""
     critic = load_weights(AutoModelForTokenClassification, path, torch.float32,
                           new_weights=("score.weight", "score.bias"), num_labels=1)
     critic.requires_grad_(True).to(device).eval()  # eval: no dropout before the head
@@ -324,8 +331,9 @@ def check_prompts(model, prompts, max_new_tokens):
     room = positions - max_new_tokens if learned else positions
     lengths = [len(prompt) for prompt in prompts]
     if min(lengths) == 0 or max(lengths) > room:
-        raise InputError(f"the prompts have {min(lengths)} to {max(lengths)} tokens, completions up "
-                         f"to {max_new_tokens}; expected them to fit the model's {positions} positions")
+        raise InputError(f"the prompts have {min(lengths)} to {max(lengths)} tokens, completions "
+                         f"up to {max_new_tokens}; expected them to fit the {positions} positions "
+                         "of the model")
 
 
 # ---- Log-probs of packed rows --------------------------------------------------------------------
@@ -335,11 +343,13 @@ def attention_masks(model, visible, query_position, key_position):
     query_position (B, Q), key_position (B, K)   places of the tokens in their own sequences
     """
     config = model.config.get_text_config()
-    kinds = getattr(config, "layer_types", None)
-    if not kinds:
-        kinds = ["sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"]
+    kinds = {"full_attention"}
+    if getattr(config, "layer_types", None):
+        kinds = set(config.layer_types)
+    elif getattr(config, "sliding_window", None):
+        kinds = {"sliding_attention"}
     masks = {}
-    for kind in set(kinds):
+    for kind in kinds:
         masks[kind] = visible
         if kind == "sliding_attention":
             distance = query_position[:, None, :, None] - key_position[:, None, None, :]
@@ -403,8 +413,8 @@ class Predictions(NamedTuple):
     sample: torch.Tensor   # (n,) which sample it belongs to
 
 
-def predict(model, samples, rows, temperature=1.0):
-    """Predictions of the completions' tokens. samples, rows: a tree.MicroBatch.
+def predict(model, batch, temperature=1.0):
+    """Predictions of the completions' tokens of a tree.MicroBatch.
 
     The one place where logits meet ids: the id at place t of a sequence is predicted at t - 1.
     """
@@ -412,7 +422,7 @@ def predict(model, samples, rows, temperature=1.0):
     place = []
     target = []
     sample_of = []
-    for k, (sample, (r, path)) in enumerate(zip(samples, paths_of(rows))):
+    for k, (sample, (r, path)) in enumerate(zip(batch.samples, paths_of(batch.rows))):
         length = len(sample.completion_ids)
         row_of += [r] * length
         place += path[-length - 1:-1].tolist()
@@ -420,7 +430,7 @@ def predict(model, samples, rows, temperature=1.0):
         sample_of += [k] * length
     row_of, place, target, sample_of = torch.tensor([row_of, place, target, sample_of],
                                                     device=model.device)
-    ids, position, mask = pad_rows(rows, model)
+    ids, position, mask = pad_rows(batch.rows, model)
     kept, column = place.unique(return_inverse=True)  # no other place has its logits computed
     logits = model(ids, attention_mask=mask, position_ids=position, use_cache=False,
                    logits_to_keep=kept).logits  # (B, kept, V)
@@ -464,14 +474,14 @@ def step_starts(tokenizer, ids):
     return starts
 
 
-def step_values(critic, samples, rows):
-    """V of the state before each reasoning step (sample.steps) of the samples, all in a row (m,)."""
+def step_values(critic, batch):
+    """V of the state before each reasoning step (sample.steps) of a MicroBatch's samples, (m,)."""
     row_of = []
     place = []
-    for sample, (r, path) in zip(samples, paths_of(rows)):
+    for sample, (r, path) in zip(batch.samples, paths_of(batch.rows)):
         row_of += [r] * len(sample.steps)
         place += [path[len(sample.prefix_ids) + start - 1] for start in sample.steps]
-    ids, position, mask = pad_rows(rows, critic)
+    ids, position, mask = pad_rows(batch.rows, critic)
     values = critic(ids, attention_mask=mask, position_ids=position, use_cache=False).logits
     return values[row_of, place, 0].float()
 
@@ -672,15 +682,6 @@ def decode_batch(model, tokenizer, prompts, uniform, stops, temperature):
 
 
 # ---- Scoring -------------------------------------------------------------------------------------
-def is_solved(text, problem):
-    """Whether a completion ends in the problem's answer, marked as such.
-
-    The one place where completions are judged, for the search, for training and for scores.
-    `problem` has every field of its data file, for graders that want more than the answer.
-    """
-    return is_correct(text, problem["answer"], strict=True)
-
-
 def score(model, tokenizer, problems, max_new_tokens=512, samples=0, temperature=1.0, seed=0,
           batch_size=256, encode_prefix=None):
     """Complete every problem greedily and `samples` times at `temperature`; one row a problem.
@@ -692,7 +693,6 @@ def score(model, tokenizer, problems, max_new_tokens=512, samples=0, temperature
     encode_prefix = encode_prefix or partial(encode, tokenizer)
     ends = eos_ids(model, tokenizer)
     prompts = [encode_prefix(problem["question"])[0] for problem in problems]
-    check_prompts(model, prompts, max_new_tokens)
     greedy = generate(model, tokenizer, prompts, max_new_tokens, 0, batch_size=batch_size)
     repeated = []
     seeds = []
@@ -823,6 +823,15 @@ def read_scores(path):
     return list(read_jsonl(path, parse_score))
 
 
+def work_settings(model, encode_prefix, args, names):
+    """What the rows of a file of work depend on: these flags, the weights, and how prompts read."""
+    settings = {name: getattr(args, name) for name in names}
+    settings["weights"] = checksum(model.state_dict())
+    example = encode_prefix("1 + 1", ["1 + 1 = 2"])
+    settings["prompt"] = f"{crc32(json.dumps(example).encode()):08x}"
+    return settings
+
+
 def unfinished(path, parse, settings, problems, rank, world):
     """This rank's share of the problems that an output file does not hold yet.
 
@@ -837,10 +846,10 @@ def unfinished(path, parse, settings, problems, rank, world):
         for name, value in settings.items():
             if saved.get(name) != value:
                 raise InputError(f"its {name} is {shorten(saved.get(name))} and not "
-                                 f"{shorten(value)}; expected work of these settings, or another --out")
+                                 f"{shorten(value)}; expected the same, or another --out")
         if content(asked.get(row["id"], row)) != content(row):
-            raise InputError(f"the id {shorten(row['id'])} is of another problem; expected this data "
-                             "set, or another --out")
+            raise InputError(f"the id {shorten(row['id'])} is of another problem; expected the "
+                             "same data, or another --out")
         return row["id"]
 
     done = gather(set(continue_jsonl(path, check)) if rank == 0 else None)[0]
@@ -878,15 +887,17 @@ def main():
     problems = read_problems(args.data, args.limit)
     held = lock(path) if rank == 0 else None  # until the end of the process
     model, tokenizer = load(args.model, args.adapter, device)
-    settings = {key: vars(args)[key] for key in (
-        "samples", "temperature", "max_new_tokens", "seed", "instruction", "chat_template_kwargs")}
-    settings |= {"weights": checksum(model.state_dict()), "prompt_date": FIXED_DATE}
+    encode_prefix = encoder(tokenizer, args)
+    prompts = [encode_prefix(problem["question"])[0] for problem in problems]
+    check_prompts(model, prompts, args.max_new_tokens)
+    settings = work_settings(model, encode_prefix, args, (
+        "samples", "temperature", "max_new_tokens", "seed"))
     todo = unfinished(path, parse_score, settings, problems, rank, world)
     with tqdm(total=len(todo), unit="problem", disable=rank > 0, dynamic_ncols=True) as bar:
         for start in range(0, len(todo), args.batch_size):
             rows = score(model, tokenizer, todo[start:start + args.batch_size],
                          args.max_new_tokens, args.samples, args.temperature, args.seed,
-                         args.batch_size, encoder(tokenizer, args))
+                         args.batch_size, encode_prefix)
             for row in rows:
                 append_jsonl(path, dict(row, settings=settings))
             bar.update(len(rows))

@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 import evaluate
 import tree
+from data.grade import is_solved, states_answer
 from tree import BLANK_LINE, JOIN
 
 
@@ -88,7 +89,7 @@ def select(nodes, c, rng):
 def add_child(nodes, parent, step, last, encode_step):
     """The child of `parent` with this step, new or met before. It is terminal where it was the last
     of a solution or states an answer. A step that is the last in some solutions is two nodes."""
-    terminal = last or bool(evaluate.extract_answer(step, strict=True))
+    terminal = last or states_answer(step)
     above = nodes[parent]
     for child in above.children:
         if nodes[child].step == step and nodes[child].terminal == terminal:
@@ -178,7 +179,7 @@ def begin(problem, encode, args):
     def encode_step(step):
         return encode(problem["question"], [step])[1]
 
-    grade = partial(evaluate.is_solved, problem=problem)
+    grade = partial(is_solved, problem=problem)
     key = (args.seed, crc32(problem["id"].encode()))
     searching = search(encode(problem["question"])[0], encode_step, grade, tree.rng(*key), args)
     seeds = ((*key, number) for number in count(1))  # (*key, 0) would be the selection's own
@@ -270,10 +271,8 @@ def main():
     prompts = [encode(problem["question"])[0] for problem in problems]
     # In the longest prefix, each of max_depth steps took a sample of its own.
     evaluate.check_prompts(model, prompts, (args.max_depth + 1) * args.max_new_tokens)
-    settings = {**vars(args), "weights": evaluate.checksum(model.state_dict()),
-                "prompt_date": evaluate.FIXED_DATE}
-    for name in ("model", "adapter", "data", "out", "limit", "parallel", "batch_size"):
-        del settings[name]  # which no search depends on
+    settings = evaluate.work_settings(model, encode, args, (
+        "rollouts", "max_depth", "branch", "c_uct", "temperature", "max_new_tokens", "seed"))
     todo = evaluate.unfinished(args.out, parse_search, settings, problems, rank, world)
     total = len(todo) * args.rollouts
     with tqdm(total=total, unit="rollout", dynamic_ncols=True, disable=rank > 0) as progress:

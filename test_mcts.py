@@ -10,6 +10,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from operator import attrgetter
@@ -20,6 +21,7 @@ from zlib import crc32
 import numpy as np
 import pytest
 import torch
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import evaluate
@@ -29,6 +31,7 @@ from mcts import Node
 from test_evaluate import tiny_folder
 from tree import InputError
 
+tqdm.set_lock(threading.RLock())  # its own is shared with children, and stays held by one killed
 RIGHT = "The answer is 3."
 WRONG = "The answer is 4."
 PROBLEM = {"id": "p", "question": "q", "answer": "3"}
@@ -425,7 +428,7 @@ def flags(place, out, *more):
 def run(place, out, *more, grader=third_right):
     """The command in this process. Returns the lines of its output file."""
     with patch.object(sys, "argv", ["mcts.py", *flags(place, out, *more)]), \
-            patch.object(evaluate, "is_solved", grader):
+            patch.object(mcts, "is_solved", grader):
         mcts.main()
     return read(f"{place}/{out}").decode().splitlines()
 
@@ -544,8 +547,8 @@ def test_other_settings_are_another_file(place):
     for name, value in (("rollouts", 5), ("temperature", 0.9), ("seed", 1), ("branch", 4)):
         said = refusal(place, "out", f"--{name}", str(value), "--instruction", long)
         assert name in said and str(value) in said
-    assert "instruction" in refusal(place, "out", "--instruction", long + "please")
-    assert "instruction" in refusal(place, "out")
+    assert "its prompt is" in refusal(place, "out", "--instruction", long + "7")
+    assert "its prompt is" in refusal(place, "out")
 
 
 def test_an_instruction_stands_behind_the_question(place):
@@ -627,7 +630,7 @@ def child(argv, log):
     sys.stdout = open(log, "w", buffering=1)
     sys.stderr = sys.stdout
     sys.argv = ["mcts.py", *argv]
-    evaluate.is_solved = third_right
+    mcts.is_solved = third_right
     tree.run_command(mcts.main)
 
 
@@ -751,5 +754,5 @@ def test_two_ranks_search_what_one_would(place, whole):
 
 
 if __name__ == "__main__":  # the command with that grader, for the ranks
-    evaluate.is_solved = third_right
+    mcts.is_solved = third_right
     tree.run_command(mcts.main)

@@ -26,17 +26,22 @@ PROBLEM = {"id": "p", "question": "How many?", "answer": "4"}
 EXAMPLE = Tree(PROBLEM, steps=["", "a", "b", "c", "d", "e"], parent=[-1, 0, 0, 2, 3, 3],
                visits=[8, 2, 6, 5, 2, 3], value=[4.0, 0.0, 4.0, 4.0, 2.0, 0.0])
 
+
 def node(parent, step="", visits=1, value=0.0, **more):
     return {"parent": parent, "step": step, "visits": visits, "value": value, **more}
+
 
 def search(*nodes, **fields):
     return {**PROBLEM, "nodes": list(nodes), **fields}
 
+
 def trace(*steps, reward=1, **fields):
     return {**PROBLEM, "steps": list(steps), "reward": reward, **fields}
 
+
 def root_alone(**fields):
     return Tree({**PROBLEM, **fields}, [""], [-1], [1], [0.0])
+
 
 def write(folder, *lines, name="rows.jsonl"):
     """A file of these lines: objects, text or bytes. Returns its path."""
@@ -50,9 +55,11 @@ def write(folder, *lines, name="rows.jsonl"):
             out.write(line + b"\n")
     return path
 
+
 def read(path):
     with open(path, "rb") as file:
         return file.read()
+
 
 def prefixes(t):
     """The tree as the obvious thing: {(step, step, ...): (visits, value)}."""
@@ -61,6 +68,7 @@ def prefixes(t):
         steps = tuple(t.steps[v] for v in t.path(k)[1:])
         found[steps] = (t.visits[k], t.value[k])
     return found
+
 
 # ---- Building ------------------------------------------------------------------------------------
 def random_row(rng):
@@ -77,6 +85,7 @@ def random_row(rng):
         terminal = rng.random() < 0.2
         nodes.append(node(rng.randrange(k), rng.choice(STEPS), visits, value, terminal=terminal))
     return search(*nodes, **fields)
+
 
 def reference(rows):
     """{problem: {prefix: (visits, value)}}, by walking from every node to the root."""
@@ -100,6 +109,7 @@ def reference(rows):
             counts[prefix[k]] = (visits + at["visits"], value + at["value"])
     return found
 
+
 @pytest.mark.parametrize("seed", range(60))
 def test_build_is_the_set_of_text_prefixes_with_summed_statistics(tmp_path, seed):
     """A node was merged with the wrong parent, counted twice, or kept below one left out."""
@@ -117,6 +127,7 @@ def test_build_is_the_set_of_text_prefixes_with_summed_statistics(tmp_path, seed
     tree.write_trees(out, trees)
     assert read_trees([out]) == trees  # trees of trees are those trees
 
+
 @pytest.mark.parametrize("steps, kept", [
     (["#### Step 1: add", "3+4=7", "The answer is 7."], 2),
     (["3+4=7", "The answer is:", "\\[ \\boxed{7} \\]"], 2),
@@ -127,6 +138,7 @@ def test_a_marker_without_an_answer_is_no_answer(steps, kept):
     """A heading, or an announcement of the answer, cut the prefixes behind it out of the tree."""
     [t] = tree.build([trace(*steps)])
     assert t.steps == ["", *steps[:kept]]
+
 
 def test_a_search_is_known_by_its_nodes(tmp_path):
     """The project's own problems have a field "steps", their number: such a search was read as a
@@ -140,6 +152,7 @@ def test_a_search_is_known_by_its_nodes(tmp_path):
     tree.write_trees(path, [t])
     assert read_trees(path) == [t]
 
+
 def test_solutions_to_learn_from(tmp_path):
     """What a rollout wrote behind its last node was lost, and the solution stopped before its
     answer. A trace is learnt as it is, right or wrong; of a search only what is right."""
@@ -151,6 +164,7 @@ def test_solutions_to_learn_from(tmp_path):
         ["a", "So.\n\nThe answer is 4."], ["a", "b", "It is 4."], ["x", "It is 5."]]
     with pytest.raises(InputError, match="no solution in .* came to a right answer"):
         tree.read_solutions(write(tmp_path, search(node(-1), node(0, "c", reward=0))))
+
 
 def test_completions_of_any_sampler_become_trees(tmp_path):
     """Split at blank lines however they are spelt, graded as training grades. A truncated
@@ -170,12 +184,14 @@ def test_completions_of_any_sampler_become_trees(tmp_path):
         with pytest.raises(InputError, match="line 1: .*; expected "):
             tree.from_completions(write(tmp_path, {**sampled, name: wrong}))
 
+
 @pytest.mark.parametrize("field", ["question", "answer"])
 def test_one_id_for_two_problems_is_refused(tmp_path, field):
     """Trees of another question, or graded by another answer, were merged under the old id."""
     other = trace("a", "b", **{field: "5"})
-    with pytest.raises(InputError, match=f'id "p" has two {field}s, .* and "5"'):
+    with pytest.raises(InputError, match=f'two {field}s have the id "p"'):
         read_trees([write(tmp_path, trace("a", "b")), write(tmp_path, other, name="other")])
+
 
 def test_160_000_prefixes_and_trees_of_20_000_nodes(tmp_path):
     """Quadratic look-ups, or whole prefixes stored as text, took hours and gigabytes."""
@@ -195,8 +211,9 @@ def test_160_000_prefixes_and_trees_of_20_000_nodes(tmp_path):
         for group in ("tree", "trace"):
             for chosen in sample_group(t, 8, group, tree.rng(0)):
                 assert t.prefix_ids(chosen)[-1] == chosen
-        assert tree.show(t, False, 80).count("\n") == 20_001
-    assert tree.summary(trees) and time.monotonic() - start < 3
+    assert tree.show(trees[-2], 80).count("\n") == 20_000
+    assert time.monotonic() - start < 3
+
 
 # ---- Groups, packing -----------------------------------------------------------------------------
 def test_draws_are_those_of_earlier_runs():
@@ -205,6 +222,7 @@ def test_draws_are_those_of_earlier_runs():
     assert order == [0, 2, 3, 1, 4, 0, 3, 2, 1, 4]
     assert sample_group(EXAMPLE, 4, "tree", tree.rng(0, 1)).tolist() == [5, 1, 4, 3]
     assert sample_group(EXAMPLE, 4, "trace", tree.rng(0, 1)).tolist() == [4, 0, 3, 2]
+
 
 @pytest.mark.parametrize("root", [True, False])
 @pytest.mark.parametrize("size", [1, 2, 4, 8])
@@ -227,9 +245,6 @@ def test_groups(group, size, root):
         # the bare question has nothing else to offer, whatever is asked
         assert sample_group(root_alone(), size, group, tree.rng(seed), root).tolist() == [0] * size
 
-def test_a_group_of_no_known_kind():
-    with pytest.raises(ValueError, match="forest"):
-        sample_group(EXAMPLE, 8, "forest", tree.rng(0))
 
 def test_groups_are_uniform():
     """Over prefixes in a tree, over leaves in a trace; the place in a group tells no depth."""
@@ -243,6 +258,7 @@ def test_groups_are_uniform():
     share = np.bincount(drawn.ravel(), minlength=6) / n
     expected = [1 / 6 + 1 / 6, 1 / 6, 1 / 6, 1 / 6, 1 / 12, 1 / 12]
     np.testing.assert_allclose(share, expected, atol=0.03)
+
 
 @pytest.mark.parametrize("seed", range(30))
 def test_tokenize_drops_and_never_cuts(seed):
@@ -278,7 +294,9 @@ def test_tokenize_drops_and_never_cuts(seed):
             found[t.problem["id"]] = {key: (t.prefix_ids(k), counts) for k, (key, counts) in items}
         assert found == expected and dropped == lost
 
+
 TOKENS = st.lists(st.integers(0, 2), max_size=5)
+
 
 @settings(max_examples=300, deadline=None)
 @given(st.lists(st.tuples(TOKENS, TOKENS), max_size=6))
@@ -306,6 +324,7 @@ def test_pack_against_its_definition(pairs):
     assert all(places.count(place) == 1 for place in own)
     assert tree.pack(starts).ids.tolist() == tree.pack(starts, [[] for _ in starts]).ids.tolist()
 
+
 @pytest.mark.parametrize("row_tokens", [0, 12, 1000])
 def test_micro_batches_hold_every_sample_once(row_tokens):
     """A sample was lost or came twice; a batch was larger than the limit; groups were mixed."""
@@ -331,37 +350,31 @@ def test_micro_batches_hold_every_sample_once(row_tokens):
             met += [sample.k for sample in batch.samples]
         assert sorted(met) == list(range(len(samples)))
 
+
 def test_the_example_in_the_docstring_is_true():
     done = doctest.testmod(tree)
     assert done.failed == 0 and done.attempted > 0
+
 
 # ---- Showing -------------------------------------------------------------------------------------
 @pytest.mark.parametrize("width", [30, 80, 200])
 def test_show_fits_the_terminal(width):
     """Lines of 116 columns were wrapped; children stood under the wrong parent."""
-    lines = tree.show(EXAMPLE, False, width).splitlines()
-    drawn = [line[:11].rstrip() for line in lines[:-1]]
+    lines = tree.show(EXAMPLE, width).splitlines()
+    drawn = [line[:11].rstrip() for line in lines]
     assert drawn == ["How many?", "│  a", "│  b", "│  │  c", "│  │  │  d", "│  │  │  e"]
     assert re.search(r"c +5 visits +80%$", lines[3])
     assert all(len(line) <= max(width, 40) for line in lines)
+
 
 def test_show_obeys_no_model():
     """Model text moved the cursor, rang the bell, hid a line or turned the writing direction."""
     evil = "\x1b[2J\x1b]0;title\x07 a\x9b31m\r\x08\u202eb\u2066\n\x7f שלום"
     problem = {"id": evil, "question": evil, "answer": evil}
-    drawn = tree.show(Tree(problem, ["", evil], [-1, 0], [1, 0], [1.0, 0.0]), True, 100)
-    drawn = re.sub("\033\\[(38;5;\\d+|0)m", "", drawn)  # our own colours
+    drawn = tree.show(Tree(problem, ["", evil], [-1, 0], [1, 0], [1.0, 0.0]), 100)
     assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", drawn)
-    assert drawn.count("\n") == 2 and "שלום" in drawn
+    assert drawn.count("\n") == 1 and "שלום" in drawn
 
-def test_summary():
-    """Searches that found no step trained as if they were trees, and nobody said so."""
-    chain = Tree(PROBLEM, list("Qabcdefgh"), [-1, *range(8)], [4] * 9, [1.0] * 9)
-    text = tree.summary([EXAMPLE, chain, root_alone(), root_alone()])
-    assert "4 problems, 17 distinct prefixes, 4.2 a problem" in text
-    assert "25% of the trees have 8 prefixes or more, 75% are chains" in text
-    assert "2 trees have no prefix but the question" in text
-    assert re.search(r"^ +1 +3 +41.7%$", text, re.M)  # depth 1: a, b and a; 5 of 12 rollouts
 
 # ---- Problems ------------------------------------------------------------------------------------
 def test_problems_as_they_are_published(tmp_path):
@@ -389,6 +402,7 @@ def test_problems_as_they_are_published(tmp_path):
     tree.write_jsonl(path, [gsm8k, first, second, math, boxed, ours])
     assert read_problems(path) == [gsm8k, first, second, math, boxed, ours]  # our form stays
 
+
 def test_gsm8k_as_people_have_it(tmp_path):
     """A Windows export, numbers as answers, "####" twice, U+2028 in a text: tracebacks and lost
     steps."""
@@ -404,6 +418,7 @@ def test_gsm8k_as_people_have_it(tmp_path):
     assert (twice["answer"], twice["solution"]) == ("7", "A list:\n#### step\n3+4=7")
     assert (sep["question"], sep["solution"]) == ("Line\u2028sep?", "a\u2028b")
 
+
 @pytest.mark.parametrize("answer", [
     "1,234", "-3", "1/2", "$5.00", "\\frac{1}{2}", "\\{1, 2\\}", "\\emptyset", "½", "∅", "שלוש",
     "(A)", 0, -0.0, 1e22])
@@ -412,6 +427,7 @@ def test_answers_that_can_be_graded_are_read(tmp_path, answer):
     row = {"id": "../\\é", "question": "כמה? " * 20_000, "answer": answer}
     [problem] = read_problems(write(tmp_path, row))
     assert problem == {**row, "question": row["question"].strip(), "answer": str(answer)}
+
 
 # ---- Bad input -----------------------------------------------------------------------------------
 GONE = "the field is missing"
@@ -435,13 +451,13 @@ SPOILT = [  # a good row, where in it, and what must not stand there
     (SEARCH, "nodes 1 step", [3, "", " ", "a\n\nb", "a\n \t\r\nb", GONE]),
     (SEARCH, "nodes 1 visits", NUMBERS),
     (SEARCH, "nodes 1 value", [-0.5, 1.5, True, "1", NAN, 10 ** 400, GONE]),
-    (SEARCH, "nodes 1 terminal", ["false", None]),
     (TRACE, "steps", ["abc", ["a", 1], ["a", ""], ["a\n\nb"], GONE]),
     (TRACE, "reward", [True, 2, -1, NAN, "1", GONE]),
     (PROBLEM, "id", [None, True, [1], "first", "", 0.5]),  # the one before is the first
     (PROBLEM, "question", [None, "", GONE]),
     (PROBLEM, "answer", [["1"], None, True, NAN, "7\n####", GONE]),
     (PROBLEM, "answer", [".", "\\text{}", "\\boxed{}", "\\boxed{5"])]  # not gradable
+
 
 def spoil(row, where, value):
     """A copy of the row with this value, or without one, at a place such as "nodes 1 step"."""
@@ -454,6 +470,7 @@ def spoil(row, where, value):
     if value is GONE:
         del place[last]
     return row
+
 
 def bad_lines():
     """A reader, a line that it must refuse, and the words of which the message has one or more."""
@@ -470,27 +487,32 @@ def bad_lines():
             found = "not JSON compliant" if value is NAN else json.dumps(value)[:20]
             yield reader, line, [f'"{field}"', f"the {field}", found]
 
+
 @pytest.mark.parametrize("reader, line, words", list(bad_lines()))
 def test_bad_input_is_named(tmp_path, reader, line, words):
-    """They ended in tracebacks, in garbage that was trained on, or in errors without a line."""
+    """They ended in tracebacks, in garbage that was trained on, or in errors without a line. What
+    is no JSON is told as Python tells it."""
     path = write(tmp_path, {**TRACE, "id": "first"}, line)
     with pytest.raises(InputError) as caught:
         reader(path)
     said = str(caught.value)
-    assert said.startswith(f"{path}, line 2: ") and "; expected " in said
+    assert said.startswith(f"{path}, line 2: ")
+    assert "; expected " in said or line in RAW or "not JSON compliant" in said
     assert any(word in said for word in words)
     assert len(said) < len(path) + 500 and said.isprintable()
+
 
 @pytest.mark.parametrize("reader", [read_trees, read_problems, tree.from_completions])
 def test_no_file_no_line_and_nesting(tmp_path, reader):
     """Never an empty data set. Some nesting can be read but not shown again."""
     blank = write(tmp_path, "", " ", name="blank")
     for path in (f"{tmp_path}/missing", str(tmp_path), write(tmp_path, name="empty"), blank):
-        with pytest.raises(InputError, match=re.escape(path)):
+        with pytest.raises((InputError, OSError), match=re.escape(path)):
             reader(path)
     for depth in range(800, 1000, 7):
         with pytest.raises(InputError):
             reader(write(tmp_path, '{"question": ' + "[" * depth + "]" * depth + "}"))
+
 
 # ---- Files ---------------------------------------------------------------------------------------
 def test_files_keep_every_character_and_outlive_a_failed_write(tmp_path):
@@ -508,6 +530,7 @@ def test_files_keep_every_character_and_outlive_a_failed_write(tmp_path):
     tree.write_trees(out, [t])  # over what the dead run left behind
     assert os.listdir(tmp_path) == ["trees.jsonl"]
 
+
 def test_a_planted_link_is_not_followed(tmp_path):
     """Somebody's link at the temporary name sent the rows into a file of ours."""
     victim = write(tmp_path, "mine", name="victim")
@@ -517,8 +540,10 @@ def test_a_planted_link_is_not_followed(tmp_path):
     assert read(f"{tmp_path}/out.jsonl") == b'{"a": 1}\n'
     assert not os.path.islink(f"{tmp_path}/out.jsonl")
 
+
 def parse_n(row, number):
     return tree.get_field(row, "n", int, "a number")
+
 
 @pytest.mark.parametrize("before, rows, after", [
     (b"", [], b""),
@@ -528,7 +553,7 @@ def parse_n(row, number):
     (b'{"n": 1}\n{"m": 2}\n{"n', None, None),          # somebody else's, however they end
     (b"my\nnotes", None, None),
     (b'{"n": 1}', None, None)])
-def test_an_output_is_continued_only_if_it_is_ours(tmp_path, capsys, before, rows, after):
+def test_an_output_is_continued_only_if_it_is_ours(tmp_path, before, rows, after):
     """The last line of a file that was not ours was cut off before the file was refused."""
     path = os.path.join(tmp_path, "folder", "out.jsonl")
     assert tree.continue_jsonl(path, parse_n) == []
@@ -541,13 +566,14 @@ def test_an_output_is_continued_only_if_it_is_ours(tmp_path, capsys, before, row
         return
     assert tree.continue_jsonl(path, parse_n) == rows
     assert read(path) == after
-    assert ("cut off" in capsys.readouterr().err) == (after != before)
     tree.append_jsonl(path, {"n": 9})
     assert tree.continue_jsonl(path, parse_n) == [*rows, 9]
+
 
 def append_many(path):
     for n in range(20):
         tree.append_jsonl(path, {"n": n, "text": "x" * 30_000})
+
 
 def test_ranks_append_whole_lines_to_one_file(tmp_path):
     path = os.path.join(tmp_path, "out.jsonl")
@@ -559,12 +585,14 @@ def test_ranks_append_whole_lines_to_one_file(tmp_path):
         rank.join()
     assert sorted(tree.read_jsonl(path, parse_n)) == sorted([*range(20)] * 3)
 
+
 def python(*args, **how):
     """Run Python in another process; stdout, stderr and returncode."""
     environment = {**os.environ, "PYTHONUNBUFFERED": "", **how}
     root = os.path.dirname(os.path.abspath(tree.__file__))
     return subprocess.run([sys.executable, *args], capture_output=True, encoding="utf-8", cwd=root,
                           env=environment)
+
 
 def test_a_folder_is_locked_once(tmp_path):
     """Two runs that started within the same seconds shared a folder and mixed their logs."""
@@ -576,18 +604,24 @@ def test_a_folder_is_locked_once(tmp_path):
     held.close()
     assert python("-c", code, f"{tmp_path}/run/").returncode == 0
 
+
 # ---- The command ---------------------------------------------------------------------------------
 def run(*args, **how):
     return python(tree.__file__, *args, **how)
 
+
 def test_the_command_merges_files_and_draws(tmp_path):
-    """No colour in a pipe, and a terminal that cannot draw boxes is no error."""
+    """A terminal that cannot draw boxes is no error. Searches that found no step trained as if they
+    were trees, and nobody said so."""
     out = os.path.join(tmp_path, "trees.jsonl")
     one = write(tmp_path, trace("a", "b", reward=0))
     two = write(tmp_path, trace("a", "c"), name="two.jsonl")
     done = run(one, two, "--out", out, "--show", "--id", "p", COLUMNS="60")
-    assert done.returncode == 0 and "\033" not in done.stdout
+    assert done.returncode == 0
     assert "│  a" in done.stdout and "1 problems, 2 distinct prefixes" in done.stdout
+    assert "0 trees have no prefix but the question" in done.stdout
+    barren = write(tmp_path, search(node(-1)), search(node(-1), id="q"), name="barren")
+    assert "1 trees have no prefix but the question" in run(one, barren).stdout
     assert max(map(len, done.stdout.splitlines()[:3])) == 60
     assert prefixes(*read_trees(out)) == {(): (2, 1.0), ("a",): (2, 1.0)}
     assert run(out, "--show", PYTHONIOENCODING="ascii").returncode == 0
@@ -596,6 +630,7 @@ def test_the_command_merges_files_and_draws(tmp_path):
     assert run("--from_completions", sampled, "--out", out).returncode == 0
     assert prefixes(*read_trees(out)) == {(): (1, 1.0), ("x",): (1, 1.0)}
     assert "(default: None)" not in run("--help").stdout
+
 
 def test_a_wrong_out_destroys_nothing(tmp_path):
     """A search of many hours was replaced by its own trees; so was another one, and a pipe."""
@@ -612,6 +647,7 @@ def test_a_wrong_out_destroys_nothing(tmp_path):
     assert read(one) == read(two) and read(notes) == b"my notes\n" and os.path.exists(fifo)
     assert run(f"{tmp_path}/./rows.jsonl", "--out", one).returncode == 2
 
+
 def test_a_mistake_is_one_sentence_and_status_2(tmp_path):
     """They were tracebacks, and moved the cursor. Under torchrun each rank ends like this."""
     good = write(tmp_path, TRACE)
@@ -622,6 +658,7 @@ def test_a_mistake_is_one_sentence_and_status_2(tmp_path):
         assert failed.returncode == 2
         assert re.fullmatch(r"tree\.py: [^\n\x1b]+\n", failed.stderr), failed.stderr
 
+
 def test_a_full_disk_leaves_the_old_file(tmp_path):
     out = write(tmp_path, search(node(-1, depth=0)), name="out.jsonl")
     before = read(out)
@@ -631,8 +668,10 @@ def test_a_full_disk_leaves_the_old_file(tmp_path):
     assert failed.returncode == 2 and failed.stderr.count(b"\n") == 1
     assert read(out) == before
 
+
 def limit_file_size():
     resource.setrlimit(resource.RLIMIT_FSIZE, (999, 999))
+
 
 def test_a_closed_pipe_and_ctrl_c_are_no_tracebacks(tmp_path):
     command = '(sleep 0.3; "$0" "$1" "$2" --show; echo "status $?" >&2) | true'
@@ -643,6 +682,7 @@ def test_a_closed_pipe_and_ctrl_c_are_no_tracebacks(tmp_path):
     code = "import os, signal, tree; tree.run_command(lambda: os.kill(os.getpid(), signal.SIGINT))"
     stopped = python("-c", code)
     assert (stopped.returncode, stopped.stderr) == (130, "")
+
 
 @pytest.mark.parametrize("text, kind, fits", [
     ("3", int, True), ("0", int, False), ("9", int, False), ("1.5", int, False),

@@ -40,7 +40,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 import advantage
-from evaluate import gather
+from evaluate import gather, say
 from tree import (InputError, arguments, at_least, lock, micro_batches, read_problems,
                   read_solutions, read_trees, rng, run_command, sample_group, shuffled, tokenize,
                   write_jsonl)
@@ -75,17 +75,18 @@ CRITIC_LR = 1e-3       # of all the critic's weights
 GAMMA = 0.95           # discount a reasoning step, of step rewards and in GAE (Table 3)
 WARMUP = 0.03          # share of the run in which the learning rate rises
 ROLLOUTS_EVERY = 10    # steps between samples written to rollouts.jsonl
-MAY_DIFFER = ("out", "resume", "preset", "eval_data", "eval_every", "save_every", "micro_tokens",
-              "no_pack")  # what a resumed run may change without being another run
+MAX_GRAD_NORM = 1.0    # longer gradients are clipped
+MAY_DIFFER = ("out", "resume", "preset", "eval_every", "save_every", "micro_tokens", "no_pack")
+
+
+count = at_least(1)  # types of flags
+whole = at_least(0)
+share = at_least(0, float, high=1)
+positive = at_least(1e-12, float)
 
 
 def add_flags(parser):
-    """Every knob, in groups. Defaults that differ between presets stand in PRESETS."""
-    count = at_least(1)
-    whole = at_least(0)
-    share = at_least(0, float, high=1)
-    positive = at_least(1e-12, float)
-
+    """Every knob, in groups. Those with a default in each preset are added by `preset`."""
     def group(title, sentence):
         return parser.add_argument_group(title, sentence).add_argument
 
@@ -93,8 +94,6 @@ def add_flags(parser):
         values = " | ".join(str(preset[name]) for preset in PRESETS.values())
         add(f"--{name}", type=kind, default=argparse.SUPPRESS, help=f"{text} ({values})")
 
-    parser.add_argument("--preset", choices=PRESETS, default="arithmetic",
-                        help="defaults: (arithmetic | paper), the latter from the paper's Table 3")
     add = group("model", "What learns: LoRA on a causal language model.")
     preset("model", str, "the student: a folder or a hub name")
     add("--adapter", help="start from this PEFT adapter instead of a fresh one")
@@ -110,8 +109,8 @@ def add_flags(parser):
     add = group("method", "The rows of Table 1, and what a batch is.")
     add("--objective", choices=("tree_opo", "sft"), default="tree_opo", help="sft: cross entropy")
     add("--group", choices=("question", "trace", "tree"), default="tree", help="of prefixes")
-    add("--baseline", choices=sorted(advantage.ESTIMATORS), default=argparse.SUPPRESS,
-        metavar="NAME", help=f"expectation, or one of {', '.join(sorted(advantage.ESTIMATORS))}")
+    add("--baseline", choices=advantage.ESTIMATORS, default=argparse.SUPPRESS, metavar="NAME",
+        help=f"expectation, or one of {', '.join(advantage.ESTIMATORS)}")
     preset("alpha", share, "weight of V(prefix) in the advantage")
     add("--mc_rollouts", type=count, default=4, help="completions a prefix for --baseline mc")
     add("--no_root", action="store_true", help="leave the bare question out of the prefixes")
@@ -128,8 +127,8 @@ def add_flags(parser):
     add("--distill_coef", type=at_least(0, float), default=0.0, help="of the KL with the teacher")
     add("--kl", choices=("student_teacher", "teacher_student"), default="student_teacher",
         help="its direction: KL(first || second)")
-    add("--reward", choices=("task", "teacher", "none"), default="task", help="teacher: log p(teacher)"
-        " - log p(student) of every step; none: the KL alone")
+    add("--reward", choices=("task", "teacher", "none"), default="task",
+        help="teacher: log p(teacher) - log p(student) of every step; none: the KL alone")
     add("--behaviour", choices=("student", "teacher"), default="student",
         help="who writes the completions; the teacher's are weighted")
     add("--critic", help="a decoder; with a value head it replaces --baseline by GAE over steps")
@@ -150,6 +149,8 @@ def add_flags(parser):
 def parse_args(argv=None):
     """The knobs: a preset, and the flags that override it. InputError where they make no sense."""
     parser = arguments(__doc__.strip().split("\n\n")[0], epilog=EXAMPLES)
+    parser.add_argument("--preset", choices=PRESETS, default="arithmetic",
+                        help="defaults: (arithmetic | paper), the latter from the paper's Table 3")
     add_flags(parser)
     given = vars(parser.parse_args(argv))
     args = argparse.Namespace(**{**PRESETS[given["preset"]], "baseline": "expectation", **given})
@@ -164,7 +165,7 @@ def parse_args(argv=None):
 
 
 def check_flags(args, given):
-    """InputError where flags contradict each other, or one of them would do nothing."""
+    """InputError where flags contradict each other, or would have the run learn nothing."""
     def refuse(wrong, sentence):
         if wrong:
             raise InputError(sentence)
@@ -183,16 +184,16 @@ def check_flags(args, given):
     refuse(sft and (args.teacher or args.kl_coef or args.epochs > 1 or "baseline" in given),
            "--objective sft takes no --teacher, --kl_coef, --epochs or --baseline.")
     refuse((wants_teacher or args.teacher_adapter) and not args.teacher,
-           "--distill_coef, --reward teacher, --behaviour teacher, --teacher_adapter need --teacher.")
+           "--distill_coef, --teacher_adapter and --reward or --behaviour teacher need --teacher.")
     refuse(args.teacher and not wants_teacher,
-           "--teacher needs --distill_coef, --reward teacher or --behaviour teacher, to do something.")
+           "--teacher needs --distill_coef, or --reward or --behaviour teacher, to do something.")
     refuse(args.reward == "none" and not args.distill_coef,
            "--reward none leaves nothing to learn from; expected a --distill_coef above 0.")
     refuse(args.behaviour == "teacher"
            and (not compares or args.epochs > 1 or args.baseline == "mc"),
            "--behaviour teacher takes no --critic, --epochs, --baseline mc or other --reward.")
     refuse(args.adapter and {"lora_rank", "lora_alpha", "lora_dropout"} & set(given),
-           "--adapter is trained as it is; --lora_rank, --lora_alpha and --lora_dropout do nothing.")
+           "--adapter is trained as it is; --lora_rank, --lora_alpha, --lora_dropout do nothing.")
     refuse(args.kl_coef and not args.lora_rank,
            "--kl_coef compares with the student without its adapter; --lora_rank 0 has none.")
 
@@ -200,7 +201,7 @@ def check_flags(args, given):
 # ---- Records -------------------------------------------------------------------------------------
 @dataclass
 class Sample:
-    """One completion, from prefix to advantages. Ids are kept as sampled, padded at the last moment."""
+    """One completion, from prefix to advantages. Ids are kept as sampled."""
     group: int
     node: int
     prefix_ids: list
@@ -238,12 +239,13 @@ class Run:
     models: Models
     tokenizer: object
     optimizer: object
-    trainable: dict  # name -> weight that learns: the student's, then the critic's
-    contents: dict   # checksums of the trees and of the base weights, which a resume compares
+    trainable: dict     # name -> weight that learns: the student's, then the critic's
+    contents: dict      # checksums of the trees and of the base weights, which a resume compares
+    micro_tokens: int   # tokens a forward pass; less where memory has run out
     rank: int = 0
     world: int = 1
-    step: int = 0    # steps done
-    tokens: int = 0  # generated so far
+    step: int = 0       # steps done
+    tokens: int = 0     # generated so far
 
     def done(self, args):
         """How much of the run is done, from 0 to 1 and, with --max_tokens, a little over."""
@@ -345,6 +347,18 @@ def compare_groups(samples, trees, args):
 
 
 @torch.no_grad()
+def token_logps(model, samples, run, args, micro_tokens):
+    """The log-probs of each sample's completion tokens under a model: a list of (n,) arrays."""
+    logps = {}
+    for batch in batches(samples, run.models, args, micro_tokens):
+        lengths = [len(s.completion_ids) for s in batch.samples]
+        values = evaluate.log_probs(evaluate.predict(model, batch, args.temperature))
+        for sample, part in zip(batch.samples, values.cpu().split(lengths)):
+            logps[id(sample)] = part.numpy()
+    return [logps[id(sample)] for sample in samples]
+
+
+@torch.no_grad()
 def credit_steps(samples, run, args, micro_tokens):
     """Credit reasoning steps instead of whole completions, rows (a) to (c) of Table 2: GAE's
     advantages, and targets for the critic. Sets what it computes, so it may be run again.
@@ -353,45 +367,47 @@ def credit_steps(samples, run, args, micro_tokens):
     -KL(student || teacher); or the task's, at the last step. Without a critic V is 0 and lambda 1:
     then the advantage is the discounted return, and the loss is REINFORCE.
     """
+    rewards = []
     for sample in samples:
         sample.steps = evaluate.step_starts(run.tokenizer, sample.completion_ids)
-    for batch in batches(samples, run.models, args, micro_tokens):
-        step_counts = [len(s.steps) for s in batch.samples]
-        token_counts = [len(s.completion_ids) for s in batch.samples]
-        values = torch.zeros(sum(step_counts))
-        if run.models.critic:
-            values = evaluate.step_values(run.models.critic, *batch).cpu()
-        if args.reward == "teacher":
-            predictions = evaluate.predict(run.models.teacher, *batch, args.temperature)
-            teacher_logps = evaluate.log_probs(predictions).cpu().split(token_counts)
-        for k, (sample, v) in enumerate(zip(batch.samples, values.split(step_counts))):
-            rewards = np.zeros(len(sample.steps))
-            rewards[-1] = sample.reward
-            if args.reward == "teacher":
-                gains = teacher_logps[k].numpy() - sample.sampler_logps
-                rewards = np.add.reduceat(gains, sample.steps)  # a sum a step
-            lam = args.gae_lambda if run.models.critic else 1.0
-            a, sample.targets = advantage.gae(rewards, v.numpy(), GAMMA, lam)
-            lengths = np.diff([*sample.steps, len(sample.completion_ids)])
-            sample.advantages = np.repeat(a, lengths)
+        rewards.append(np.zeros(len(sample.steps)))
+        rewards[-1][-1] = sample.reward
+    if args.reward == "teacher":
+        teacher_logps = token_logps(run.models.teacher, samples, run, args, micro_tokens)
+        for k, sample in enumerate(samples):
+            gains = teacher_logps[k] - sample.sampler_logps
+            rewards[k] = np.add.reduceat(gains, sample.steps)  # a sum a step
+    values = {id(sample): np.zeros(len(sample.steps)) for sample in samples}
+    lam = 1.0
+    if run.models.critic:
+        lam = args.gae_lambda
+        for batch in batches(samples, run.models, args, micro_tokens):
+            counts = [len(s.steps) for s in batch.samples]
+            parts = evaluate.step_values(run.models.critic, batch).cpu().split(counts)
+            values |= {id(s): part.numpy() for s, part in zip(batch.samples, parts)}
+    for sample, step_rewards in zip(samples, rewards):
+        a, sample.targets = advantage.gae(step_rewards, values[id(sample)], GAMMA, lam)
+        lengths = np.diff([*sample.steps, len(sample.completion_ids)])
+        sample.advantages = np.repeat(a, lengths)
 
 
 def make_batch(run, data, args):
     """All samples of one step, credited; the metrics of their groups; the tokens generated."""
     if args.objective == "sft":  # with advantage 1 the policy gradient is that of cross entropy
         first = run.step * args.batch_size
-        numbers = [shuffled(first + k, len(data), args.seed) for k in range(args.batch_size)]
-        samples = [Sample(k, 0, *data[number]) for k, number in enumerate(numbers)]
-        for sample in samples:
-            sample.advantages = np.ones(len(sample.completion_ids))
+        samples = []
+        for k in range(args.batch_size):
+            prompt_ids, completion_ids = data[shuffled(first + k, len(data), args.seed)]
+            ones = np.ones(len(completion_ids))
+            samples.append(Sample(k, 0, prompt_ids, completion_ids, advantages=ones))
         return samples, [], sum(len(s.completion_ids) for s in samples)
     samples = rollout(run, data, args)
     generated = sum(len(s.completion_ids) for s in samples)
     samples, metrics = compare_groups(samples, data, args)
     if args.critic or args.reward == "teacher":
         mine = run.share(samples)
-        _, args.micro_tokens = evaluate.with_less_memory(
-            lambda micro_tokens: credit_steps(mine, run, args, micro_tokens), args.micro_tokens)
+        _, run.micro_tokens = evaluate.with_less_memory(
+            lambda micro_tokens: credit_steps(mine, run, args, micro_tokens), run.micro_tokens)
         samples = [sample for share in gather(mine) for sample in share]
     elif args.reward == "none":
         for sample in samples:
@@ -434,7 +450,7 @@ def log_weights(logps, old_logps, sample):
 def policy_loss(models, batch, scale, args, stats):
     """The student's part of the loss of a micro-batch; what it finds is added to `stats`."""
     student = models.student
-    predictions = evaluate.predict(student, *batch, args.temperature)
+    predictions = evaluate.predict(student, batch, args.temperature)
     logps = evaluate.log_probs(predictions)
     advantages = np.concatenate([s.advantages for s in batch.samples])
     advantages = torch.tensor(advantages, dtype=torch.float32, device=logps.device)
@@ -454,7 +470,7 @@ def policy_loss(models, batch, scale, args, stats):
         if coef:
             plain = student.disable_adapter() if reference is student else nullcontext()
             with torch.no_grad(), plain:
-                other = evaluate.predict(reference, *batch, args.temperature).logits
+                other = evaluate.predict(reference, batch, args.temperature).logits
             kl = evaluate.divergence(predictions.logits, other, direction)
             loss = loss + coef * scale.token * kl.sum()
             stats["kl"] += kl.tolist()
@@ -464,9 +480,10 @@ def policy_loss(models, batch, scale, args, stats):
 def accumulate(models, samples, scale, args, micro_tokens, warm_up=False):
     """Add the gradient of the samples' part of the loss:
 
-        - sum_k sum_t A_kt log pi(c_kt | p_k, c_k<t) scale.sample                      (Sec. 3.4)
-        + (distill_coef KL(student, teacher) + kl_coef KL(student || no adapter)) scale.token (App. B)
-        + (V_phi(s) - target)^2 scale.step                                             (App. B)
+        - sum_k sum_t A_kt log pi(c_kt | p_k, c_k<t) scale.sample                    (Sec. 3.4)
+        + distill_coef KL(student, teacher) scale.token                              (App. B)
+        + kl_coef KL(student || student without its adapter) scale.token
+        + (V_phi(s) - target)^2 scale.step                                           (App. B)
 
     warm_up   train the critic alone
     Returns lists of numbers: a loss a micro-batch; gap |log pi(sampler) - log pi(trainer)| and kl
@@ -482,7 +499,7 @@ def accumulate(models, samples, scale, args, micro_tokens, warm_up=False):
         if models.critic:
             targets = np.concatenate([s.targets for s in batch.samples])
             targets = torch.tensor(targets, dtype=torch.float32, device=loss.device)
-            error = evaluate.step_values(models.critic, *batch) - targets
+            error = evaluate.step_values(models.critic, batch) - targets
             critic_loss = scale.step * error.square().sum()
             stats["critic_loss"].append(critic_loss.item())
             loss = loss + critic_loss
@@ -499,8 +516,9 @@ def update(run, samples, args):
     """
     tokens = sum(len(s.completion_ids) for s in samples)
     steps = sum(len(s.steps or ()) for s in samples)
-    per_sample = tokens if args.objective == "sft" else args.batch_size  # cross entropy: a token mean
-    scale = Scale(1 / per_sample, 1 / tokens, 1 / max(steps, 1))
+    scale = Scale(1 / args.batch_size, 1 / tokens, 1 / max(steps, 1))
+    if args.objective == "sft":
+        scale = Scale(1 / tokens)  # cross entropy is a mean over tokens
     mine = run.share(samples)
     warm_up = bool(args.critic) and run.step < args.critic_warmup
     dropout_seed = rng(args.seed, run.step, run.rank, 0, 2).integers(2 ** 63)
@@ -514,11 +532,11 @@ def update(run, samples, args):
     row = dict(skipped=0, lr=args.lr * run.lr_share(args))
     for _ in range(args.epochs):
         lora_dropout(run.models.student, True)
-        stats, args.micro_tokens = evaluate.with_less_memory(gradient, args.micro_tokens)
+        stats, run.micro_tokens = evaluate.with_less_memory(gradient, run.micro_tokens)
         lora_dropout(run.models.student, False)
         groups = run.optimizer.param_groups  # the student's, the critic's
         all_reduce_gradients([p for group in groups for p in group["params"]])
-        norms = [torch.nn.utils.clip_grad_norm_(g["params"], 1.0).item() for g in groups]
+        norms = [torch.nn.utils.clip_grad_norm_(g["params"], MAX_GRAD_NORM).item() for g in groups]
         if all(map(math.isfinite, norms)):
             for group in groups:
                 group["lr"] = group["peak_lr"] * run.lr_share(args)
@@ -583,17 +601,18 @@ def train(args):
         run.step += 1
         run.tokens += generated
         row |= report(run, samples, metrics, gather(stats), args)
-        log.step(row, samples)
+        log.step(row, samples, generated)
         # 6. save
-        if rank == 0 and args.save_every and run.step % args.save_every == 0:
+        due = args.save_every and run.step % args.save_every == 0
+        if rank == 0 and due and run.done(args) < 1:
             save(run, args)
     if rank == 0:
         save(run, args)
         log.end(stop)
     if world > 1:
         dist.destroy_process_group()
-    if stop:
-        sys.exit(128 + (signals or [signal.SIGTERM])[0])
+    if stop:  # told so itself, or another rank was
+        sys.exit(128 + (signals[0] if signals else signal.SIGTERM))
     return held
 
 
@@ -622,7 +641,7 @@ def set_up(args, rank, world, device):
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=betas, weight_decay=0.0)
     with open(args.trees, "rb") as file:
         contents = {"base weights": base_weights, "trees": f"{crc32(file.read()):08x}"}
-    run = Run(models, tokenizer, optimizer, trainable, contents, rank, world)
+    run = Run(models, tokenizer, optimizer, trainable, contents, args.micro_tokens, rank, world)
     if checkpoint:
         restore(run, checkpoint, args)
     return run, data, problems
@@ -655,15 +674,19 @@ def encode_data(data, encode, tokenizer, student, args):
         kept = [(prompt, ids) for prompt, ids in encoded if len(prompt) <= args.max_prompt]
         dropped = len(encoded) - len(kept)
         sequences = [prompt + ids for prompt, ids in kept]
+        new_tokens = 0
     else:
         kept, dropped = tokenize(data, encode, args.max_prompt)
-        sequences = [tree.prefix_ids(node) for tree in kept for node in range(len(tree.parent))]
+        sequences = []
+        for tree in kept:
+            sequences += [tree.prefix_ids(node) for node in range(len(tree.parent))]
+        new_tokens = args.max_new_tokens
     if dropped:
-        print(f"dropped {dropped} prompts of more than {args.max_prompt} tokens")
+        say(f"dropped {dropped} prompts of more than {args.max_prompt} tokens")
     if not kept:
-        raise InputError(f"{args.trees} has no prompt of at most {args.max_prompt} tokens; expected "
-                         "shorter ones, or a larger --max_prompt")
-    evaluate.check_prompts(student, sequences, 0 if args.objective == "sft" else args.max_new_tokens)
+        raise InputError(f"{args.trees} has no prompt of at most {args.max_prompt} tokens; "
+                         "expected shorter ones, or a larger --max_prompt")
+    evaluate.check_prompts(student, sequences, new_tokens)
     return kept
 
 
@@ -700,20 +723,27 @@ def checkpoint_path(args):
     return os.path.join(args.out, "checkpoint", "checkpoint.safetensors")
 
 
+def seal(state, metadata):
+    """The checksum of a checkpoint: of its tensors, and of what is said about them."""
+    said = json.dumps([metadata[name] for name in ("step", "tokens", "args", "contents")])
+    return evaluate.checksum(state) + f"{crc32(said.encode()):08x}"
+
+
 def save(run, args):
     """Write the model (or its PEFT adapter) at the top of the run folder, then the checkpoint. Both
     are written aside and renamed. InputError, and nothing lost, where weights are not finite."""
     state = {}
     for name, p in run.trainable.items():
         if not p.isfinite().all():
-            raise InputError(f"the weights have diverged at step {run.step} ({name}). Expected finite "
-                             "numbers: lower --lr. What was saved before is intact.")
+            raise InputError(f"the weights have diverged at step {run.step} ({name}); expected "
+                             "finite numbers: lower --lr. What was saved before is intact")
         state[f"weight/{name}"] = p.detach()
         for key, value in run.optimizer.state.get(p, {}).items():
             state[f"{key}/{name}"] = value
     state = {key: value.contiguous().cpu() for key, value in state.items()}
-    metadata = dict(step=str(run.step), tokens=str(run.tokens), crc32=evaluate.checksum(state),
-                    args=json.dumps(vars(args)), contents=json.dumps(run.contents))
+    metadata = dict(step=str(run.step), tokens=str(run.tokens), args=json.dumps(vars(args)),
+                    contents=json.dumps(run.contents))
+    metadata["crc32"] = seal(state, metadata)
     path = checkpoint_path(args)
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -731,8 +761,8 @@ def save(run, args):
                 os.fsync(file.fileno())
             os.replace(os.path.join(aside, "checkpoint"), path)
     except (SafetensorError, OSError) as error:
-        raise InputError(f"step {run.step} cannot be saved in {args.out}: {error}. Expected room for "
-                         "it; make some and --resume, for the checkpoint before is intact.") from None
+        raise InputError(f"step {run.step} cannot be saved in {args.out}: {error}; expected room. "
+                         "Make some and --resume: the checkpoint before is intact") from None
 
 
 def write_card(run, args, folder):
@@ -758,13 +788,14 @@ def find_checkpoint(args):
     damaged or of other settings."""
     path = checkpoint_path(args)
     if not os.path.exists(path):
-        print(f"there is no checkpoint in {args.out}: the run starts anew")
+        say(f"there is no checkpoint in {args.out}: the run starts anew")
         return None
     try:
         checkpoint = safe_open(path, "pt")
-        saved = json.loads(checkpoint.metadata()["args"])
+        metadata = checkpoint.metadata()
         state = {key: checkpoint.get_tensor(key) for key in checkpoint.keys()}
-        if evaluate.checksum(state) != checkpoint.metadata()["crc32"]:
+        saved = json.loads(metadata["args"])
+        if seal(state, metadata) != metadata["crc32"]:
             raise ValueError("its checksum is wrong")
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path} is damaged ({error}); expected a checkpoint, or another --out "
@@ -796,10 +827,10 @@ def restore(run, checkpoint, args):
 
 
 # ---- Logs: what a step has to say ----------------------------------------------------------------
-def mean(values):
-    """The mean of what is a number; nan where nothing is."""
+def mean(values, statistic=np.mean):
+    """The mean, or another statistic, of what is a number; nan where nothing is."""
     values = [value for value in values if value is not None and not math.isnan(value)]
-    return float(np.mean(values)) if values else math.nan
+    return float(statistic(values)) if values else math.nan
 
 
 def report(run, samples, metrics, parts, args):
@@ -818,8 +849,7 @@ def report(run, samples, metrics, parts, args):
     for name in names:
         row[name] = mean([group.get(name) for group in metrics])
     if metrics:
-        satisfied = [group["sat"] for group in metrics if not math.isnan(group.get("sat", math.nan))]
-        row["sat_sd"] = float(np.std(satisfied)) if satisfied else math.nan
+        row["sat_sd"] = mean([group.get("sat") for group in metrics], np.std)
         row["truncated"] = mean([s.truncated for s in samples])
         row["gap"] = mean(stats["gap"])
         row["gap_max"] = max(stats["gap"], default=math.nan)
@@ -866,8 +896,9 @@ class Log:
         self.rollouts = continue_log(args, "rollouts.jsonl", run.step)
         weights = list(run.models.student.parameters())
         learning = sum(p.numel() for p in weights if p.requires_grad)
-        print(f"{learning:,} trainable of {sum(p.numel() for p in weights):,} weights on {run.world} "
-              f"x {weights[0].device.type}, {len(data)} problems of {args.trees} -> {args.out}")
+        print(f"{learning:,} trainable of {sum(p.numel() for p in weights):,} weights on "
+              f"{run.world} x {weights[0].device.type}, {len(data)} problems of {args.trees} "
+              f"-> {args.out}")
         preset = PRESETS[args.preset]
         if args.eval_every:
             print(f"evaluated on {args.eval_data}")
@@ -896,13 +927,12 @@ class Log:
         if run.done(self.args) == self.done_before:
             self.begun = time.monotonic()  # what is left is reckoned from the first step
 
-    def step(self, row, samples):
+    def step(self, row, samples, generated):
         """Log one step, print its line, and say what is probably wrong with the run."""
         run = self.run
         if run.rank > 0:
             return
-        seconds = row["seconds_rollout"] + row["seconds_update"]
-        row["tokens_per_s"] = sum(len(s.completion_ids) for s in samples) / seconds
+        row["tokens_per_s"] = generated / (row["seconds_rollout"] + row["seconds_update"])
         self.write(row)
         self.print_progress(row)
         self.rewarded = self.rewarded or row.get("reward") != 0
@@ -925,7 +955,7 @@ class Log:
                 self.rollouts.write(json.dumps(line, ensure_ascii=False) + "\n")
 
     def print_progress(self, row):
-        """A step as a line of at most 120 columns, cut to the terminal; a header names them once."""
+        """A step as a line of at most 120 columns, cut to the terminal, below a header."""
         done = self.run.done(self.args)
         elapsed = time.monotonic() - self.begun
         left = int(elapsed * max(0, 1 - done) / (done - self.done_before))
@@ -949,7 +979,7 @@ class Log:
         self.rollouts.close()
         step = self.run.step
         if stopped:
-            print(f"stopped after step {step}, which is saved; the same command with --resume goes on")
+            print(f"stopped after step {step}, which is saved; --resume goes on")
             return
         minutes = (time.monotonic() - self.begun) / 60
         print(f"{step} steps done, {minutes:.1f} minutes; the model is in {self.args.out}")
@@ -968,7 +998,8 @@ def continue_log(args, name, step):
             for number, line in enumerate(lines, 1):
                 try:
                     row = json.loads(line)
-                    if row["step"] < step + ("eval_accuracy" not in row):  # is logged again
+                    again = "eval_accuracy" in row and row["step"] == step
+                    if row["step"] <= step and not again:
                         kept.append(row)
                 except (ValueError, KeyError, TypeError):
                     print(f"{path}, line {number} cannot be read and is dropped")

@@ -447,6 +447,18 @@ def is_correct(completion, answer, strict=False):
     return not strict or operators(found) <= operators(gold) + 1 + found.count(",")
 
 
+def is_solved(text, problem):
+    """Whether a completion solves a problem: the one place that judges them, for the search, for
+    training and for scores. `problem` has every field of its data file, should a grader want more
+    than the answer."""
+    return is_correct(text, problem["answer"], strict=True)
+
+
+def states_answer(step):
+    """Whether a step announces an answer and states it: a heading alone is none."""
+    return extract_answer(step, strict=True) is not None
+
+
 def operators(answer):
     """How many operators and brackets are left to work out, those of numeric exponents apart."""
     value = re.sub(r"\^\{?[\d/]+\}?", "", answer.rpartition("=")[2])
