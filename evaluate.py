@@ -15,11 +15,13 @@ What differs from `model.generate`:
 import json
 import math
 import os
+import re
 import signal
 import sys
 import warnings
 from datetime import timedelta
 from functools import lru_cache, partial
+from itertools import chain
 from typing import NamedTuple
 from zlib import crc32
 
@@ -203,8 +205,10 @@ def base_checksum(model):
     """The checksum of the weights below an adapter, in bf16 however they were loaded."""
     if isinstance(model, PeftModel):
         model = model.get_base_model()
-    plain = {name.replace(".base_layer", ""): weight for name, weight in model.state_dict().items()
-             if "lora_" not in name}
+    plain = {}
+    for name, weight in model.state_dict().items():
+        if ".default" not in name:  # what the adapter named "default" has of its own
+            plain[re.sub(r"\.(base_layer|original_module|token_adapter)\b", "", name)] = weight
     return checksum(plain, torch.bfloat16)
 
 
@@ -294,8 +298,7 @@ def encode_solution(tokenizer, question, steps, encode_prefix=None):
     encode_prefix = encode_prefix or partial(encode, tokenizer)
     prompt, *encoded = encode_prefix(question, steps[:-1])
     encoded += encode_steps(tokenizer, steps[-1:], closing="")
-    completion = [token for step in encoded for token in step]
-    return prompt, [*completion, turn_end(tokenizer)]
+    return prompt, [*chain(*encoded), turn_end(tokenizer)]
 
 
 def turn_end(tokenizer):
@@ -303,8 +306,9 @@ def turn_end(tokenizer):
     if tokenizer.chat_template:
         turns = [{"role": "user", "content": "1 + 1"}, {"role": "assistant", "content": "It is 2"}]
         behind = render(tokenizer, turns).rpartition("It is 2")[2]
+        added = tokenizer.added_tokens_decoder  # all_special_ids are those that have a name alone
         for token in tokenizer(behind, add_special_tokens=False)["input_ids"]:
-            if token in tokenizer.all_special_ids:
+            if token in added and added[token].special:
                 return token
     return tokenizer.eos_token_id
 
@@ -382,20 +386,22 @@ def check_tree_masks(model, path):
     config = model.config.get_text_config()
     served = {"full_attention", "sliding_attention"}
     stateful = set(getattr(config, "layer_types", None) or []) - served
-    gap = math.inf
-    if not stateful:
-        sequences = np.random.default_rng(0).integers(0, config.vocab_size, (3, 8))
-        sequences[:, :5] = sequences[0, :5]
-        row = pack(sequences.tolist())
+    sequences = np.random.default_rng(0).integers(0, config.vocab_size, (3, 8))
+    sequences[:, :5] = sequences[0, :5]
+    row = pack(sequences.tolist())
+    try:
+        if stateful:
+            raise ValueError(f"it has layers of {', '.join(sorted(stateful))}")
         ids, position, mask = pad_rows([row], model)
         alone = model(torch.from_numpy(sequences).to(model.device))[0]  # (3, 8, V) or hidden states
         packed = model(ids, attention_mask=mask, position_ids=position)[0][0, np.stack(row.paths)]
         difference = torch.log_softmax(alone.float(), -1) - torch.log_softmax(packed.float(), -1)
         gap = difference.abs().mean().item()
-    if gap > (0.01 if model.dtype == torch.float32 else 0.2):
-        reason = ", ".join(stateful) or f"log-probs differ by {gap:.2g} nat"
-        raise InputError(f"the model {path} cannot share prefixes ({reason}); expected attention "
-                         "that takes a mask and positions, in all layers")
+        if gap > (0.01 if model.dtype == torch.float32 else 0.2):
+            raise ValueError(f"in a row with others, log-probs differ by {gap:.2g} nat")
+    except Exception as error:  # such as that of a model that knows neither masks nor positions
+        raise unusable(f"the model {path}", error, "attention that takes a mask and positions, in "
+                       "all layers, for sequences to share their prefixes") from None
 
 
 def row_tokens(model):
@@ -439,7 +445,10 @@ def predict(model, batch, temperature=1.0):
 
 def paths_of(rows):
     """(number of the row, places in it) of each sequence, in the order of the samples."""
-    return [(r, path) for r, row in enumerate(rows) for path in row.paths]
+    paths = []
+    for r, row in enumerate(rows):
+        paths += [(r, path) for path in row.paths]
+    return paths
 
 
 def log_probs(predictions):
@@ -528,7 +537,7 @@ def generate(model, tokenizer, prompts, max_new_tokens, temperature=1.0, seeds=N
         raise ValueError("a prompt without tokens cannot be completed; expected at least one id")
     seeds = seeds or [(k,) for k in range(len(prompts))]
     stops = np.broadcast_to(stop_at_blank, len(prompts))
-    order = [k for row in shared_rows(prompts) for k in row]
+    order = list(chain(*shared_rows(prompts)))
 
     def sample(size):
         completions = [None] * len(prompts)
@@ -579,15 +588,16 @@ def prefill(model, prompts):
     if longest == 0:
         return cache, position.to(model.device)
     rows = shared_rows(prompts)
-    packed = [pack([prompts[k][:-1] for k in row]) for row in rows]
+    packed = []
+    for row in rows:
+        packed.append(pack([prompts[k][:-1] for k in row]))
     ids, packed_position, mask = pad_rows(packed, model)
     shared = DynamicCache()  # a plain one: those that a model makes for its windows forget
     model(ids, attention_mask=mask, position_ids=packed_position, past_key_values=shared,
           use_cache=True, logits_to_keep=1)
     row_of = torch.zeros(len(prompts), 1, dtype=torch.long)
     place = torch.zeros(len(prompts), longest, dtype=torch.long)  # in the packed row
-    numbers = [k for row in rows for k in row]
-    for k, (r, path) in zip(numbers, paths_of(packed)):
+    for k, (r, path) in zip(chain(*rows), paths_of(packed)):
         row_of[k] = r
         place[k, longest - len(path):] = torch.from_numpy(path)
         position[k] -= longest - len(path)
@@ -724,29 +734,34 @@ def mean_interval(values, clusters):
                a share has Wilson's interval (1927), which is honest at 0 and at 1.
     """
     values = np.array(values, float)
-    cluster = np.unique(clusters, return_inverse=True)[1]
-    count = cluster.max() + 1
+    mean = values.mean()
+    names, cluster = np.unique(clusters, return_inverse=True)
+    count = len(names)
     if count == len(values) and set(values) <= {0.0, 1.0}:
         interval = binomtest(int(values.sum()), count).proportion_ci(method="wilson")
-        return values.mean(), interval.low + 0.0, interval.high
-    deviations = np.bincount(cluster, values - values.mean())
-    half = 1.96 * np.sqrt((deviations ** 2).sum() * count / max(count - 1, 1)) / len(values)
-    return values.mean(), values.mean() - half, values.mean() + half
+        return mean, max(interval.low, 0.0), interval.high
+    deviation = np.bincount(cluster, values - mean)  # summed a cluster
+    variance = np.sum(deviation ** 2) * count / max(count - 1, 1)
+    half = 1.96 * np.sqrt(variance) / len(values)
+    return mean, mean - half, mean + half
 
 
 def majority(row):
-    """Whether the most frequent answer of the samples is right; equal answers vote together."""
-    answers = [extract_answer(text, strict=True) for text in row["completions"][1:]]
+    """Whether the most frequent answer of the samples is right; equal answers vote together, and
+    those of truncated samples do not vote."""
+    texts = zip(row["completions"][1:], row["truncated"][1:])
+    answers = [extract_answer(text, strict=True) for text, is_cut in texts if not is_cut]
     answers = [answer for answer in answers if answer is not None]
-    votes = [sum(equal(answer, other) for other in answers) for answer in answers]
+    votes = [list(map(partial(equal, answer), answers)).count(True) for answer in answers]
     return bool(votes) and equal(row["answer"], answers[int(np.argmax(votes))])
 
 
 def summarise(rows):
     """The figures of a scored data set: name -> (share, low, high), the 95 % interval."""
     samples = len(rows[0]["correct"]) - 1
-    figures = {"greedy": [row["correct"][0] for row in rows],
-               "flexible": [row["flexible"][0] for row in rows]}
+    figures = {}
+    figures["greedy"] = [row["correct"][0] for row in rows]
+    figures["flexible"] = [row["flexible"][0] for row in rows]
     if samples:
         figures[f"mean@{samples}"] = [np.mean(row["correct"][1:]) for row in rows]
         figures[f"maj@{samples}"] = [majority(row) for row in rows]
@@ -761,12 +776,17 @@ def clusters_of(rows):
     return [str(row.get("template", row["id"])) for row in rows]
 
 
+def percent(share, low, high):
+    """A share and its 95 % interval as text."""
+    return f"{100 * share:.1f} %, 95 % [{100 * low:.1f}, {100 * high:.1f}]"
+
+
 def table(rows):
     """summarise(rows) as text, then greedy accuracy by steps, level or subject where there are."""
-    tokens = [count for row in rows for count in row["tokens"]]
+    tokens = list(chain(*[row["tokens"] for row in rows]))
     lines = [f"{len(rows)} problems, {np.mean(tokens):.0f} tokens a completion"]
-    for name, (share, low, high) in summarise(rows).items():
-        lines.append(f"{name:>10}  {100 * share:5.1f} %   95 % [{100 * low:.1f}, {100 * high:.1f}]")
+    for name, figure in summarise(rows).items():
+        lines.append(f"{name:>10}  {percent(*figure)}")
     for key in ("steps", "level", "subject"):
         parts = sorted({str(row[key]) for row in rows if key in row})
         for part in parts:

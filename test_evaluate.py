@@ -1,20 +1,25 @@
 """Tests of evaluate.py: the sampler against transformers, loading, and the scores' arithmetic."""
+import itertools
 import json
+import multiprocessing
 import os
 import re
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import (LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM,
-                          PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM)
+from tokenizers import (AddedToken, Regex, Tokenizer, decoders, models, normalizers,
+                        pre_tokenizers)
+from transformers import (AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM,
+                          MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast, Qwen2Config,
+                          Qwen2ForCausalLM)
 
 import evaluate
 import tree
@@ -93,6 +98,64 @@ def test_greedy_is_that_of_transformers(family, more):
     expected = [greedy_alone(model, prompt, 15) for prompt in prompts]
     for size in (1, 3, 100):
         assert evaluate.generate(model, tokenizer, prompts, 15, 0, batch_size=size) == expected
+
+
+WINDOWS = dict(sliding_window=6, layer_types=["sliding_attention", "full_attention"])
+EXPERTS = dict(num_experts=4, num_local_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
+FAMILIES = {  # gemma2 and gpt_oss have eager attention alone
+    "gemma2": WINDOWS, "gemma3_text": WINDOWS, "gpt_oss": WINDOWS | EXPERTS, "qwen3_moe": EXPERTS,
+    "gpt2": dict(n_embd=32, n_layer=2, n_head=4, n_positions=256)}
+
+
+def family_folder(path, family, **more):
+    """Save a tiny random model of a family, and the tiny tokenizer."""
+    torch.manual_seed(0)
+    tokenizer = tiny_tokenizer()
+    config = AutoConfig.for_model(
+        family, vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, head_dim=8,
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, initializer_range=0.3,
+        max_position_embeddings=256, bos_token_id=2, eos_token_id=3, pad_token_id=1, **more)
+    AutoModelForCausalLM.from_config(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_other_families_sample_as_transformers_and_train_as_they_sample(tmp_path, family):
+    """A model without sdpa was loaded with another attention than its own; one with experts ended
+    in an AttributeError on a CPU. Prompts are longer than the windows of the layers that have one."""
+    family_folder(tmp_path, family, **FAMILIES[family])
+    model, tokenizer = evaluate.load(str(tmp_path))
+    prompts = prompts_of(tokenizer)[2:6]
+    expected = [greedy_alone(model, prompt, 8) for prompt in prompts]
+    assert evaluate.generate(model, tokenizer, prompts, 8, 0) == expected
+    assert sampler_and_trainer_differ_by(model, tokenizer, prompts) < 1e-4
+
+
+def sampler_and_trainer_differ_by(model, tokenizer, prompts):
+    """The largest difference of a log-prob, in nat, where all share one packed row."""
+    out, logps = evaluate.generate(model, tokenizer, prompts, 8, return_logps=True)
+    samples = []
+    for prompt, ids in zip(prompts, out):
+        samples.append(SimpleNamespace(group=0, prefix_ids=prompt, completion_ids=ids))
+    [batch] = tree.micro_batches(samples, 9999, 9999)
+    trained = evaluate.log_probs(evaluate.predict(model, batch)).detach()
+    return np.abs(trained.numpy() - list(itertools.chain(*logps))).max()
+
+
+NOT_SERVED = {
+    "lfm2": (dict(layer_types=["conv", "full_attention"]), "it has layers of conv"),
+    "qwen3_next": (EXPERTS | dict(layer_types=["linear_attention", "full_attention"]),
+                   "it has layers of linear_attention"),
+    "bloom": (dict(n_layer=2, n_head=4), "cannot be used")}
+
+
+@pytest.mark.parametrize("family", NOT_SERVED)
+def test_other_kinds_of_layers_are_refused_in_one_sentence(tmp_path, family):
+    """A state instead of keys and values ended in an IndexError, ALiBi in a ValueError."""
+    more, says = NOT_SERVED[family]
+    family_folder(tmp_path, family, **more)
+    with pytest.raises(InputError, match=f"^the model {tmp_path} .*{says}.*; expected [^\n]*$"):
+        evaluate.load(str(tmp_path))
 
 
 def test_a_completion_depends_on_its_seed_alone():
@@ -180,7 +243,7 @@ def test_attention_that_ignores_the_mask_is_refused():
     evaluate.check_tree_masks(model, "tiny")
     forward = model.forward
     model.forward = lambda *args, attention_mask=None, **how: forward(*args, **how)
-    with pytest.raises(InputError, match="cannot share prefixes .log-probs differ by"):
+    with pytest.raises(InputError, match="log-probs differ by .* share their prefixes"):
         evaluate.check_tree_masks(model, "tiny")
 
 
@@ -247,6 +310,73 @@ def test_a_prefix_opens_the_assistants_turn():
     assert prompt.count(tokenizer.bos_token_id) == 1
     assert prompt[-1] == tokenizer.convert_tokens_to_ids("The")
     assert tokenizer.decode(step) == "1 + 2 = 3\n\n"
+
+
+def real_tokenizer(kind):
+    """One that spells spaces and newlines as these families do, a blank line in several ways."""
+    if kind in ("gpt2", "qwen"):
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        merges = [("Ċ", "Ċ"), (".", "ĊĊ"), ("Ġ", "Ċ"), ("č", "Ċ"), ("čĊ", "čĊ"), ("1", "2")]
+    else:  # SentencePiece has bytes for what it has no piece for
+        alphabet = [f"<0x{k:02X}>" for k in range(256)] + list("▁0123456789+=.Soxi")
+        merges = [("▁", "+"), ("▁", "▁"), ("1", "2")]
+    words = ["</s>", "<unk>", *alphabet, *map("".join, merges)]
+    vocabulary = {word: k for k, word in enumerate(words)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, byte_fallback=True, unk_token="<unk>"))
+    pieces = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    if kind == "llama2":  # a mark before every text
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"),
+                                                     tokenizer.normalizer])
+        pieces.append(decoders.Strip(" ", 1, 0))
+    elif kind == "gemma":
+        tokenizer.add_tokens(["\n\n", "\n\n\n", "\t"])
+    else:
+        tokenizer.normalizer = normalizers.NFC()
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(False, use_regex=kind == "gpt2")
+        pieces = [decoders.ByteLevel()]
+    tokenizer.decoder = decoders.Sequence(pieces)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
+
+
+KINDS = ("llama2", "gemma", "gpt2", "qwen")
+GAPS = sorted(set(map("".join, itertools.product(["", *" \t\r\n"], repeat=3))))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_ids_of_steps_join_to_their_text(kind):
+    """Llama 2 puts a mark before every text: each step but the first began with a stray space."""
+    tokenizer = real_tokenizer(kind)
+    first, second = evaluate.encode_steps(tokenizer, ["12 + 7 = 19.", "So 1"])
+    assert tokenizer.decode(first + second) == "12 + 7 = 19.\n\nSo 1\n\n"
+    assert evaluate.encode_steps(tokenizer, ["12 + 7 = 19."]) == [first]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_spelling_of_a_blank_line_ends_a_step(kind):
+    """Spread over three tokens, or with spaces, tabs and carriage returns between the newlines, it
+    was missed: the search's step had no end, and the whole text was credited to its first step."""
+    model, _ = tiny()
+    model.resize_token_embeddings(300)
+    tokenizer = real_tokenizer(kind)
+    texts = [f"\n\n1 + 2 = 3.\n{gap}\nSo 12\n{gap}\nSo 3" for gap in GAPS]
+    ids = [tokenizer(text)["input_ids"] for text in texts]
+    scripts = np.zeros((len(ids), max(map(len, ids))))
+    for k, row in enumerate(ids):
+        scripts[k, :len(row)] = row
+        starts = evaluate.step_starts(tokenizer, row)
+        steps = [tokenizer.decode(row[a:b]).strip() for a, b in zip(starts, [*starts[1:], None])]
+        assert steps == ["1 + 2 = 3.", "So 12", "So 3"]
+
+    def draw(k):  # the model says what the script says
+        return SimpleNamespace(random=lambda length: scripts[k])
+
+    def follow(logits, temperature, uniform):
+        return uniform.long(), uniform.float()
+    with patch.object(evaluate, "rng", draw), patch.object(evaluate, "sample_token", follow):
+        out = evaluate.generate(model, tokenizer, [[5, 6]] * len(ids), scripts.shape[1],
+                                stop_at_blank=True)
+    assert {tokenizer.decode(row).strip() for row in out} == {"1 + 2 = 3."}
 
 
 def test_a_special_token_in_a_question_is_text():

@@ -28,6 +28,7 @@ import tempfile
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import chain
 from typing import NamedTuple
 from zlib import crc32
 
@@ -305,7 +306,7 @@ def rollout(run, trees, args):
         sample.truncated = ids[-1] not in ends
         sample.solved = not sample.truncated and evaluate.is_solved(text, problem)
         sample.reward = reward(sample, text, problem)
-    return [sample for share in gather(mine) for sample in share]
+    return list(chain(*gather(mine)))
 
 
 def reward(sample, text, problem):
@@ -408,12 +409,12 @@ def make_batch(run, data, args):
         mine = run.share(samples)
         _, run.micro_tokens = evaluate.with_less_memory(
             lambda micro_tokens: credit_steps(mine, run, args, micro_tokens), run.micro_tokens)
-        samples = [sample for share in gather(mine) for sample in share]
+        samples = list(chain(*gather(mine)))
     elif args.reward == "none":
         for sample in samples:
             sample.advantages = np.zeros(len(sample.completion_ids))
     if args.critic or args.reward != "task":  # the groups' advantages were not used
-        metrics = [{key: group[key] for key in ("reward", "dead")} for group in metrics]
+        metrics = [dict(reward=group["reward"], dead=group["dead"]) for group in metrics]
     return samples, metrics, generated
 
 
@@ -535,7 +536,7 @@ def update(run, samples, args):
         stats, run.micro_tokens = evaluate.with_less_memory(gradient, run.micro_tokens)
         lora_dropout(run.models.student, False)
         groups = run.optimizer.param_groups  # the student's, the critic's
-        all_reduce_gradients([p for group in groups for p in group["params"]])
+        all_reduce_gradients(list(chain(*[group["params"] for group in groups])))
         norms = [torch.nn.utils.clip_grad_norm_(g["params"], MAX_GRAD_NORM).item() for g in groups]
         if all(map(math.isfinite, norms)):
             for group in groups:
@@ -772,10 +773,10 @@ def write_card(run, args, folder):
              f"* On {args.trees}: {run.step} steps, {run.tokens} tokens",
              f"* By `{shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]])}`"]
     for step in (0, run.step):
-        if os.path.exists(eval_path(args, step)):
-            share, low, high = greedy_accuracy(eval_path(args, step))
-            lines.append(f"* Greedy accuracy on {args.eval_data} after {step} steps: "
-                         f"{100 * share:.1f} %, 95 % [{100 * low:.1f}, {100 * high:.1f}]")
+        path = eval_path(args, step)
+        if os.path.exists(path):
+            accuracy = evaluate.percent(*greedy_accuracy(path))
+            lines.append(f"* Greedy on {args.eval_data} after {step} steps: {accuracy}")
     with open(os.path.join(folder, "README.md"), "w", encoding="utf-8") as file:
         file.write("\n".join([*lines, ""]))
     if args.lora_rank > 0:
@@ -841,12 +842,11 @@ def report(run, samples, metrics, parts, args):
     """
     stats = {}
     for name in parts[0]:
-        stats[name] = [number for part in parts for number in part[name]]
+        stats[name] = list(chain(*[part[name] for part in parts]))
     row = dict(step=run.step, tokens=run.tokens, loss=sum(stats["loss"]),
                length=mean([len(s.completion_ids) for s in samples]),
                peak_memory_mb=evaluate.peak_memory())
-    names = sorted({name for group in metrics for name in group})
-    for name in names:
+    for name in sorted(set().union(*metrics)):
         row[name] = mean([group.get(name) for group in metrics])
     if metrics:
         row["sat_sd"] = mean([group.get("sat") for group in metrics], np.std)
@@ -854,7 +854,7 @@ def report(run, samples, metrics, parts, args):
         row["gap"] = mean(stats["gap"])
         row["gap_max"] = max(stats["gap"], default=math.nan)
     if metrics and args.behaviour == "student":
-        row["entropy"] = -mean([logp for s in samples for logp in s.sampler_logps])
+        row["entropy"] = -mean(chain(*[s.sampler_logps for s in samples]))
     if stats["kl"]:
         row["kl"] = mean(stats["kl"])
     if stats["critic_loss"]:
@@ -919,11 +919,11 @@ class Log:
         shares = gather(rows)
         if run.rank == 0:
             path = eval_path(self.args, run.step)
-            write_jsonl(path, [row for share in shares for row in share])
+            write_jsonl(path, chain(*shares))
             accuracy, low, high = greedy_accuracy(path)
             self.write(dict(step=run.step, eval_accuracy=accuracy, eval_low=low, eval_high=high))
-            print(f"step {run.step}: greedy accuracy {100 * accuracy:.1f} % on {len(problems)} "
-                  f"held-out problems, 95 % [{100 * low:.1f}, {100 * high:.1f}]", flush=True)
+            print(f"step {run.step}: greedy accuracy on {len(problems)} held-out problems "
+                  f"{evaluate.percent(accuracy, low, high)}", flush=True)
         if run.done(self.args) == self.done_before:
             self.begun = time.monotonic()  # what is left is reckoned from the first step
 
