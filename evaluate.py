@@ -216,6 +216,9 @@ def load_critic(path, device):
     """A decoder with a fresh value head, one number a token (App. B), in float32, to be trained."""
     critic = load_weights(AutoModelForTokenClassification, path, torch.float32,
                           new_weights=("score.weight", "score.bias"), num_labels=1)
+    if not all(weight.isfinite().all() for weight in critic.parameters()):
+        raise InputError(f"{path} has weights that are not finite numbers; expected a critic that "
+                         "has not diverged")
     critic.requires_grad_(True).to(device).eval()  # eval: no dropout before the head
     check_tree_masks(critic.base_model, path)
     return critic
@@ -233,8 +236,13 @@ def add_prompt_flags(add):
     """The flags that say how a question becomes a prompt. `add` is a parser's add_argument."""
     add("--instruction", metavar="TEXT", help="stands behind each question; by default a built-in "
         "sentence with a chat template, nothing without")
-    add("--chat_template_kwargs", type=json.loads, default={}, metavar="JSON",
+    add("--chat_template_kwargs", type=json_object, default={}, metavar="JSON",
         help="for the chat template, such as '{\"enable_thinking\": false}'")
+
+
+def json_object(text):
+    """A type for argparse."""
+    return dict(json.loads(text))
 
 
 def encoder(tokenizer, args):
@@ -523,7 +531,7 @@ def peak_memory():
 
 @torch.inference_mode()
 def generate(model, tokenizer, prompts, max_new_tokens, temperature=1.0, seeds=None,
-             stop_at_blank=False, batch_size=256, return_logps=False):
+             stop_at_blank=False, batch_size=256, return_logps=False, progress=False):
     """Complete prompts: lists of ids in, lists of ids out, as sampled, end token kept.
 
     temperature     0 is greedy. No top-k, no top-p, no penalty.
@@ -531,6 +539,7 @@ def generate(model, tokenizer, prompts, max_new_tokens, temperature=1.0, seeds=N
     stop_at_blank   True, or one flag a prompt: end with the first blank line after some text
     batch_size      how many completions are decoded side by side
     return_logps    return (completions, logps), the log-prob of each id at this temperature
+    progress        show a bar
     Raises InputError where log-probs are not finite: the model has diverged.
     """
     if not all(prompts):
@@ -542,7 +551,8 @@ def generate(model, tokenizer, prompts, max_new_tokens, temperature=1.0, seeds=N
     def sample(size):
         completions = [None] * len(prompts)
         logps = [None] * len(prompts)
-        for start in range(0, len(order), size):
+        starts = range(0, len(order), size)
+        for start in tqdm(starts, disable=not progress, leave=False, dynamic_ncols=True):
             numbers = order[start:start + size]
             uniform = np.stack([rng(*seeds[k]).random(max_new_tokens) for k in numbers])
             batch = decode_batch(model, tokenizer, [prompts[k] for k in numbers], uniform,
@@ -693,7 +703,7 @@ def decode_batch(model, tokenizer, prompts, uniform, stops, temperature):
 
 # ---- Scoring -------------------------------------------------------------------------------------
 def score(model, tokenizer, problems, max_new_tokens=512, samples=0, temperature=1.0, seed=0,
-          batch_size=256, encode_prefix=None):
+          batch_size=256, encode_prefix=None, progress=False):
     """Complete every problem greedily and `samples` times at `temperature`; one row a problem.
 
     A row has the problem's fields, then one entry a completion, the greedy one first: completions
@@ -703,7 +713,8 @@ def score(model, tokenizer, problems, max_new_tokens=512, samples=0, temperature
     encode_prefix = encode_prefix or partial(encode, tokenizer)
     ends = eos_ids(model, tokenizer)
     prompts = [encode_prefix(problem["question"])[0] for problem in problems]
-    greedy = generate(model, tokenizer, prompts, max_new_tokens, 0, batch_size=batch_size)
+    greedy = generate(model, tokenizer, prompts, max_new_tokens, 0, batch_size=batch_size,
+                      progress=progress)
     repeated = []
     seeds = []
     for problem, prompt in zip(problems, prompts):

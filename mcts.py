@@ -174,10 +174,10 @@ class Active:
     rollouts: int = 0
 
 
-def begin(problem, encode, args):
+def begin(problem, tokenizer, encode, args):
     """Start the search of a problem, up to its first request."""
     def encode_step(step):
-        return encode(problem["question"], [step])[1]
+        return evaluate.encode_steps(tokenizer, [step])[0]
 
     grade = partial(is_solved, problem=problem)
     key = (args.seed, crc32(problem["id"].encode()))
@@ -194,7 +194,7 @@ def run(model, tokenizer, problems, encode, args, settings, progress):
     rates = []  # the success of each finished search
     while waiting or active:
         while waiting and len(active) < args.parallel:
-            active.append(begin(waiting.popleft(), encode, args))
+            active.append(begin(waiting.popleft(), tokenizer, encode, args))
         prompts = []
         stops = []
         seeds = []

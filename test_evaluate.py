@@ -5,7 +5,7 @@ import multiprocessing
 import os
 import re
 import shutil
-import subprocess
+import socket
 import sys
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -16,10 +16,10 @@ import torch
 from peft import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tokenizers import (AddedToken, Regex, Tokenizer, decoders, models, normalizers,
-                        pre_tokenizers)
-from transformers import (AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM,
-                          MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast, Qwen2Config,
-                          Qwen2ForCausalLM)
+                        pre_tokenizers, processors)
+from transformers import (AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel,
+                          LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM,
+                          PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM)
 
 import evaluate
 import tree
@@ -27,7 +27,6 @@ from evaluate import is_correct
 from tree import InputError
 
 torch.set_num_threads(1)
-HERE = os.path.dirname(os.path.abspath(evaluate.__file__))
 QUESTIONS = ["Ann has 1 pen .", "Ann has 2 pens .", "Ben has 3 pens . How many ?", "Ann finds 4 .",
              "Ben has 5 pens ."]
 
@@ -122,7 +121,7 @@ def family_folder(path, family, **more):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_other_families_sample_as_transformers_and_train_as_they_sample(tmp_path, family):
     """A model without sdpa was loaded with another attention than its own; one with experts ended
-    in an AttributeError on a CPU. Prompts are longer than the windows of the layers that have one."""
+    in an AttributeError on a CPU. The prompts are longer than the windows of layers."""
     family_folder(tmp_path, family, **FAMILIES[family])
     model, tokenizer = evaluate.load(str(tmp_path))
     prompts = prompts_of(tokenizer)[2:6]
@@ -385,6 +384,43 @@ def test_a_special_token_in_a_question_is_text():
     assert tokenizer.eos_token_id not in prompt
 
 
+def test_a_prompt_never_ends_in_the_end_token():
+    """Some tokenizers close every text with it: the model had to go on behind the end."""
+    _, tokenizer = tiny()
+    expected = evaluate.encode(tokenizer, QUESTIONS[0])[0]
+    closing = tokenizer.backend_tokenizer
+    closing.post_processor = processors.TemplateProcessing(
+        "$A <eos>", special_tokens=[("<eos>", 3)])
+    assert tokenizer(QUESTIONS[0])["input_ids"][-1] == 3
+    assert evaluate.encode(tokenizer, QUESTIONS[0])[0] == expected
+
+
+def test_a_turn_ends_as_the_chat_template_ends_it():
+    """With a token that is neither tokenizer.eos_token nor in generation_config, and has no name
+    among the tokenizer's: the text behind the turn was graded, and sft closed with another."""
+    model, tokenizer = tiny()
+    tokenizer.backend_tokenizer.add_special_tokens([AddedToken("<|end|>", special=True)])
+    model.resize_token_embeddings(len(tokenizer))
+    tokenizer.chat_template = ("{% for m in messages %}{{ m['content'] }}<|end|>\n{% endfor %}"
+                               "{% if add_generation_prompt %}The{% endif %}")
+    end = tokenizer.convert_tokens_to_ids("<|end|>")
+    _, solution = evaluate.encode_solution(tokenizer, "1 + 1", ["1 + 1 = 2", "The answer is 2."])
+    assert solution[-1] == end and 3 not in solution
+    assert evaluate.eos_ids(model, tokenizer) == [3, end]
+    out = evaluate.generate(model, tokenizer, prompts_of(tokenizer) * 20, 20)
+    ended = [ids for ids in out if end in ids]
+    assert ended and all(ids.index(end) == len(ids) - 1 for ids in ended)
+    assert not any("end" in evaluate.decode(tokenizer, ids) for ids in ended)
+
+
+def test_prompts_do_not_depend_on_the_clock():
+    """Templates print today's date: the trainer's prompts were others than the search's."""
+    _, tokenizer = tiny()
+    tokenizer.chat_template = "{{ strftime_now('%d %m %Y') }} {{ messages[0]['content'] }}"
+    text = evaluate.render(tokenizer, [{"role": "user", "content": "Ann has 1 pen ."}])
+    assert text == "01 Jan 2025 Ann has 1 pen ."
+
+
 def test_prompts_that_do_not_fit_are_refused():
     model, _ = tiny()
     evaluate.check_prompts(model, [[7] * 256], 10)
@@ -392,6 +428,10 @@ def test_prompts_that_do_not_fit_are_refused():
         evaluate.check_prompts(model, [[7] * 257], 10)
     with pytest.raises(InputError, match="0 to 1 tokens"):
         evaluate.check_prompts(model, [[7], []], 10)
+    learned = GPT2LMHeadModel(GPT2Config(n_positions=96, n_embd=32, n_layer=1, n_head=2))
+    evaluate.check_prompts(learned, [[7] * 86], 10)  # positions end: completions have to fit, too
+    with pytest.raises(InputError, match="87 tokens, completions up to 10.*96 positions"):
+        evaluate.check_prompts(learned, [[7] * 87], 10)
 
 
 # ---- Scores --------------------------------------------------------------------------------------
@@ -418,6 +458,29 @@ def test_figures_of_a_scoring():
     assert figures["maj@4"] == 0.5
     assert figures["pass@4"] == 1.0
     assert "steps 2: 100.0 % of 1" in evaluate.table(rows)
+
+
+def test_the_vote():
+    """1/2 and 0.5 are one answer, and what was truncated has no vote: three of the samples had come
+    to 3, and none of them was right."""
+    [row] = rows_of([[False] * 7], [["0", "3", "3", "3", "7", "1.0", "2/2"]])
+    assert not evaluate.majority(row)
+    row["truncated"] = [False, True, True, True, False, False, False]
+    assert evaluate.majority(row)
+    row["truncated"] = [False] + [True] * 6
+    assert not evaluate.majority(row)
+
+
+def test_instances_of_one_template_are_one_cluster():
+    """GSM-Symbolic's 50 instances of a template entered the interval as if independent."""
+    rows = rows_of([[k < 50] for k in range(100)])
+    _, low, high = evaluate.summarise(rows)["greedy"]
+    assert high - low < 0.2
+    for k, row in enumerate(rows):
+        row["template"] = f"t{k // 25}"
+    share, low, high = evaluate.summarise(rows)["greedy"]
+    assert share == 0.5 and high - low > 1
+    assert "+0.0 points, 95 % [+0.0, +0.0]" in evaluate.compare(rows, rows)
 
 
 def test_intervals():
@@ -464,38 +527,89 @@ def test_a_truncated_completion_is_never_correct():
         assert len(row["completions"]) == 9
 
 
-def test_scoring_as_a_command(tmp_path):
+def score_here(folder, *more, answer="1"):
+    """The command in this process, on QUESTIONS."""
+    problems = [dict(id=str(k), question=q, answer=answer) for k, q in enumerate(QUESTIONS)]
+    tree.write_jsonl(f"{folder}/data.jsonl", problems)
+    flags = (f"--model {folder}/model --data {folder}/data.jsonl --out {folder}/scores.jsonl "
+             "--max_new_tokens 12 --samples 2 --batch_size 2")
+    with patch.object(sys, "argv", ["evaluate.py", *flags.split(), *more]):
+        evaluate.main()
+
+
+def test_scoring_as_a_command(tmp_path, capsys):
     """Half done, torn, and continued: each problem once, in the same words. A file of other
     settings or of another problem is refused."""
     tiny_folder(tmp_path / "model")
-    data = tmp_path / "data.jsonl"
     scores = tmp_path / "scores.jsonl"
-    problems = [{"question": q, "answer": f"so #### {k}"} for k, q in enumerate(QUESTIONS)]
-    data.write_text("".join(json.dumps(problem) + "\n" for problem in problems))
-
-    def score(*more):
-        flags = ("--model model --data data.jsonl --out scores.jsonl --max_new_tokens 12 "
-                 "--batch_size 2 --samples 2")
-        command = [sys.executable, os.path.join(HERE, "evaluate.py"), *flags.split(), *more]
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=env)
-    first = score()
-    assert first.returncode == 0, first.stderr
-    assert "greedy" in first.stdout
-    assert "mean@2" in first.stdout
+    score_here(tmp_path)
+    said = capsys.readouterr().out
+    assert "greedy" in said and "mean@2" in said and "truncated" in said
     whole = scores.read_text()
     scores.write_text(whole[:len(whole) // 2])
-    again = score()
-    assert again.returncode == 0, again.stderr
-    assert "problems are taken from" in again.stdout
+    score_here(tmp_path)
+    assert "problems are taken from" in capsys.readouterr().out
     assert scores.read_text() == whole
-    refused = score("--seed", "1")
-    assert refused.returncode == 2
-    assert "its seed is 0 and not 1" in refused.stderr
-    assert "Traceback" not in refused.stderr
-    data.write_text(data.read_text().replace("#### 2", "#### 7"))
-    assert "is of another problem" in score().stderr
+    with pytest.raises(InputError, match="its seed is 0 and not 1"):
+        score_here(tmp_path, "--seed", "1")
+    with pytest.raises(InputError, match="is of another problem"):
+        score_here(tmp_path, answer="7")
     assert scores.read_text() == whole
+    score_here(tmp_path, "--compare", str(scores), str(scores))
+    assert "5 problems in both" in capsys.readouterr().out
+
+
+def test_a_model_that_was_trained_further_is_another(tmp_path, capsys):
+    """Scores were known by the adapter's folder: after training again into it, those of the old one
+    were reported. What is taken from a file is said."""
+    tiny_folder(tmp_path / "model")
+    model, _ = evaluate.load(str(tmp_path / "model"))
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
+    adapted.save_pretrained(tmp_path / "run")
+    adapter = ["--adapter", str(tmp_path / "run")]
+    score_here(tmp_path, "--limit", "3", *adapter)
+    score_here(tmp_path, *adapter)
+    assert "3 of 5 problems are taken from" in capsys.readouterr().out
+    before = (tmp_path / "scores.jsonl").read_text()
+    weights(lambda w: {n: x + 0.1 for n, x in w.items()})(
+        tmp_path / "run" / "adapter_model.safetensors")
+    with pytest.raises(InputError, match="its weights is .* expected the same, or another --out"):
+        score_here(tmp_path, *adapter)
+    assert (tmp_path / "scores.jsonl").read_text() == before
+
+
+def rank(number, world, port, folder):
+    """One of the processes of a torchrun, forked: it need not import torch again."""
+    os.environ.update(RANK=str(number), WORLD_SIZE=str(world), LOCAL_RANK=str(number),
+                      MASTER_ADDR="localhost", MASTER_PORT=str(port))
+    sys.stdout = open(f"{folder}/said-{number}", "w")
+    score_here(folder)
+    sys.stdout.close()
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded")
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_share_the_problems(tmp_path, world):
+    """They hung for ever: all but one returned, and that one waited for them. Begun by one rank, it
+    is continued by more, with the same completions."""
+    tiny_folder(tmp_path / "model")
+    score_here(tmp_path)
+    whole = (tmp_path / "scores.jsonl").read_text().splitlines()
+    (tmp_path / "scores.jsonl").write_text(whole[2] + "\n" + whole[3][:20])
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    fork = multiprocessing.get_context("fork")
+    ranks = [fork.Process(target=rank, args=(k, world, port, tmp_path)) for k in range(world)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(60)
+        assert process.exitcode == 0
+    assert sorted((tmp_path / "scores.jsonl").read_text().splitlines()) == sorted(whole)
+    assert "1 of 5 problems are taken from" in (tmp_path / "said-0").read_text()
+    assert "5 problems, " in (tmp_path / "said-0").read_text()
+    assert (tmp_path / "said-1").read_text() == ""
 
 
 BAD_FLAGS = [
@@ -532,7 +646,7 @@ def test_bad_flags_and_files_are_one_line_before_any_model_is_loaded(tmp_path, c
                                         ("./nowhere", "no folder"),
                                         ("/nowhere/at/all", "no folder")])
 def test_a_model_that_cannot_be_had_is_one_sentence(name, says, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(InputError, match=says):
         evaluate.load(name)
 
@@ -658,6 +772,62 @@ def test_damaged_models_are_one_sentence(sound, tmp_path, damage):
     assert "\n" not in str(caught.value)
 
 
+ADAPTERS = {
+    "a tied embedding": dict(target_modules=["q_proj", "embed_tokens"]),
+    "a tied head": dict(target_modules=["q_proj", "lm_head"]),
+    "both": dict(target_modules=["embed_tokens", "lm_head"]),
+    "biases": dict(target_modules=["q_proj"], lora_bias=True),
+    "DoRA": dict(target_modules=["q_proj"], use_dora=True),
+    "some tokens": dict(target_modules=["q_proj"], trainable_token_indices=[4, 5]),
+    "whole modules": dict(target_modules=["q_proj"], modules_to_save=["lm_head"])}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", [*ADAPTERS, "IA3"])
+def test_adapters_that_could_not_be_folded_into_the_weights_work(tmp_path, name):
+    """LoRA on one of two tied matrices was folded into both: 9 nat between sampler and trainer, and
+    lora_bias was a traceback. The weights below an adapter are the same with it and without."""
+    model, tokenizer = tiny(tie_word_embeddings=True)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    below = evaluate.base_checksum(model)
+    if name == "IA3":
+        config = IA3Config(target_modules=["k_proj"], feedforward_modules=[])
+    else:
+        config = LoraConfig(r=4, **ADAPTERS[name])
+    tuned = get_peft_model(model, config)
+    for weight in tuned.parameters():
+        if weight.requires_grad:
+            torch.nn.init.normal_(weight, std=0.3)
+    tuned.save_pretrained(tmp_path / "adapter")
+    loaded, _ = evaluate.load(str(tmp_path / "model"), str(tmp_path / "adapter"))
+    ids = torch.tensor([[5, 6, 7, 8]])
+    assert torch.equal(loaded(ids).logits, tuned.eval()(ids).logits)
+    assert evaluate.base_checksum(loaded) == below
+    assert sampler_and_trainer_differ_by(loaded, tokenizer, prompts_of(tokenizer)[2:6]) < 1e-4
+
+
+def test_an_adapter_that_adds_to_the_prompt_is_refused(sound, tmp_path):
+    model, _ = evaluate.load(f"{sound}/model")
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    get_peft_model(model, config).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="adds to the prompt"):
+        evaluate.load(f"{sound}/model", str(tmp_path))
+
+
+def test_an_adapters_base_is_known_by_its_weights_and_its_tokenizer_counts(sound, tmp_path):
+    """The right base in another folder was refused, a wrong one of the same name accepted (see
+    DAMAGE). The adapter's own chat template was ignored."""
+    shutil.copytree(sound / "model", tmp_path / "renamed")
+    shutil.copytree(sound / "adapter", tmp_path / "adapter")
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ messages[0]['content'] }} How"
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    _, tokenizer = evaluate.load(f"{tmp_path}/renamed", f"{tmp_path}/adapter")
+    assert tokenizer.decode(evaluate.encode(tokenizer, "Ann has")[0]).endswith(" How")
+    assert evaluate.load(f"{tmp_path}/renamed")[1].chat_template is None
+
+
 def test_a_diverged_model_is_refused(tmp_path):
     tiny_folder(tmp_path)
     weights(lambda w: {n: x * np.nan for n, x in w.items()})(tmp_path / "model.safetensors")
@@ -673,6 +843,7 @@ GRADED = [  # the gold answer, a completion, whether it is right where answers m
     ("72", "The answer is 36 + 36 = 72", True),
     ("72", "so it is 72", False),
     ("72", "The answer is", False),
+    ("as", r"\boxed as you wished", False),
     ("72", "The answer is 7.", False),
     ("72", r"\boxed{-72}", False),
     ("72", r"\boxed{72, 73}", False),

@@ -5,11 +5,14 @@ checkpoints, logs, several ranks.
     pytest test_train.py                    in about a minute
     TREE_OPO_SLOW=1 pytest test_train.py    and what is slow and seldom breaks
 """
+import ast
 import gc
 import itertools
 import json
 import os
 import resource
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,14 +29,15 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch.distributions import Categorical, kl_divergence
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaForTokenClassification
+from transformers import (AutoTokenizer, GPT2Config, GPT2LMHeadModel,
+                          LlamaForTokenClassification)
 
 import advantage
 import train
 from results import sweep
-from test_evaluate import QUESTIONS, tiny, tiny_folder
-from tree import (InputError, Tree, arguments, micro_batches, read_trees, run_command, write_jsonl,
-                  write_trees)
+from test_evaluate import FAMILIES, QUESTIONS, family_folder, tiny, tiny_folder
+from tree import (InputError, Tree, arguments, lock, micro_batches, read_trees, run_command,
+                  write_jsonl, write_trees)
 
 HERE = os.path.dirname(os.path.abspath(train.__file__))
 WHOLE = 10 ** 6  # micro-batch budget that holds any batch here
@@ -320,6 +324,13 @@ REFUSED = [
     ("--temperature 0", "temperature"),
     ("--baseline nonsense", "nonsense"),
     ("--step 5", "--step"),  # abbreviated
+    ("--mc_rollouts 2", "does nothing"),
+    ("--kl teacher_student", "does nothing"),
+    ("--gae_lambda=1", "does nothing"),
+    ("--critic_warmup 3", "does nothing"),
+    ("--no_root --group question", "does nothing"),
+    ("--no_root --objective sft", "does nothing"),
+    ("--chat_template_kwargs [1]", "invalid json_object"),
 ]
 
 
@@ -340,11 +351,32 @@ def test_the_run_folder_names_the_method(flags, folder):
     assert train.parse_args(flags.split()).out == f"out/{folder}"
 
 
+def test_a_run_folder_may_be_named_with_a_slash():
+    """That failed after the model had been loaded."""
+    assert train.parse_args(["--out", "out/run/"]).out == "out/run"
+
+
+def test_what_linux_alone_has_is_imported_where_it_is_needed():
+    """`import train` ended in an ImportError on Windows. Python 3.10 reads the sources, and no
+    duration is taken from a clock that may be set back."""
+    for path in [*Path(HERE).glob("*.py"), *Path(HERE, "data").glob("*.py")]:
+        if path.name.startswith("test_"):
+            continue
+        source = path.read_text()
+        for statement in ast.parse(source, feature_version=(3, 10)).body:
+            if isinstance(statement, (ast.Import, ast.ImportFrom)):
+                names = {name.name for name in statement.names}
+                assert not names & {"fcntl", "resource", "ctypes"}, path
+        assert "SIGALRM" not in source and "time.time(" not in source
+
+
 def test_the_knobs_fit_on_two_pages(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "100")
     with pytest.raises(SystemExit):
         train.parse_args(["--help"])
-    assert len(capsys.readouterr().out.splitlines()) <= 150
+    told = capsys.readouterr().out
+    assert len(told.splitlines()) <= 150
+    assert "(default: None)" not in told and "(0.0003 | 3e-05)" in told  # what each preset has
     parser = arguments("")
     train.add_flags(parser)
     assert len(parser._actions) - 1 <= 42  # the first is --help
@@ -682,6 +714,17 @@ def test_a_weight_is_of_the_whole_completion_clipped_and_differentiated_once():
     assert logps.grad.tolist() == pytest.approx([np.e, np.e, train.MAX_WEIGHT], rel=1e-5)
 
 
+def test_every_completion_of_the_teacher_counts_in_the_log():
+    """The effective sample size was that of the samples with an advantage: .46 where it is .375."""
+    model, tokenizer = tiny()
+    teacher, _ = tiny(seed=5)
+    samples = without_advantage(random_samples(tokenizer))
+    for sample in samples:
+        sample.sampler_logps = [-1.0] * len(sample.completion_ids)
+    _, _, stats = gradient(model, samples, train.Scale(1.0), settings(behaviour="teacher"))
+    assert len(stats["log_weight"]) == len(samples)
+
+
 def test_clipped_epochs_start_from_the_plain_gradient():
     """At ratio 1 PPO's surrogate has the policy gradient. Outside the clip it has none where going
     on would help, and all where it would harm."""
@@ -859,6 +902,98 @@ def test_the_run_folder_is_an_adapter(world, whole):
     assert torch.equal(ours(ids).logits, theirs(ids).logits)
 
 
+def test_the_log_of_the_teachers_completions_has_no_entropy(world):
+    """It was the teacher's; and the value in rollouts.jsonl was not the one that was subtracted."""
+    out = here(world, "offpolicy", "--behaviour", "teacher", "--teacher", "POLICY", "--steps", 1,
+               "--eval_every", 0)
+    [row] = log(out)
+    assert "entropy" not in row and {"ess", "clipped"} <= row.keys()
+    assert all("value" not in line for line in read(out / "rollouts.jsonl"))
+
+
+def test_a_runs_update_has_no_dropout_of_the_base(world, tmp_path, monkeypatch):
+    """A fresh adapter is wrapped in training mode, and with it GPT-2's own dropout went on: the
+    update was of another policy than the one that had sampled, by 0.07 nat a token."""
+    solve_every_other(monkeypatch)
+    family_folder(tmp_path / "model", "gpt2", **FAMILIES["gpt2"], resid_pdrop=0.5)
+    out = here(world, "dropout", "--model", tmp_path / "model", "--eval_every", 0)
+    assert all(row["gap"] < 1e-4 for row in log(out))
+
+
+@pytest.mark.parametrize("family", ["gemma2", "qwen3_moe"])
+def test_other_families_are_trained(world, tmp_path, family):
+    """Eager attention, and a mixture of experts on a CPU: sampler and trainer agree, LoRA moves."""
+    family_folder(tmp_path / "model", family, **FAMILIES[family])
+    out = here(world, f"family-{family}", "--model", tmp_path / "model", "--steps", 1,
+               "--distill_coef", 1, "--teacher", "POLICY", "--eval_every", 0)
+    assert log(out)[0]["gap_max"] < 1e-4 and has_learnt(out)
+
+
+def test_an_adapter_that_is_trained_further_keeps_its_base(world, tmp_path):
+    """What the adapter has of its own, such as a whole module, is no part of its base."""
+    model, _ = evaluate.load(f"{world}/policy")
+    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"],
+                        task_type="CAUSAL_LM")
+    get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    out = here(world, "further", "--adapter", tmp_path / "adapter", "--steps", 1,
+               "--eval_every", 0)
+    tuned, _ = evaluate.load(f"{world}/policy", str(out))
+    assert evaluate.base_checksum(tuned) == evaluate.base_checksum(model)
+
+
+class Clock:
+    """Goes on by a second each time it is asked."""
+    def __init__(self):
+        self.now = 0
+
+    def monotonic(self):
+        self.now += 1
+        return self.now
+
+
+def test_what_is_evaluated_how_long_it_will_take_and_the_model_card(world, monkeypatch, capsys):
+    """People trained on trees of their own and were scored on the embedded pens, unsaid. The time
+    left counted the evaluation before the first step. The card of a saved adapter told nothing."""
+    clock = Clock()
+    score = evaluate.score
+
+    def slow_score(*args, **how):
+        clock.now += 1000
+        return score(*args, **how)
+
+    monkeypatch.setattr(evaluate, "score", slow_score)
+    monkeypatch.setattr(train, "time", clock)
+    data = str(world / "test.jsonl")
+    monkeypatch.setitem(train.PRESETS["arithmetic"], "eval_data", data)
+    command = ["train.py", *short(world, "card", "--steps", 2, "--eval_every", 2)]
+    monkeypatch.setattr(sys, "argv", command)
+    train.train(train.parse_args())
+    said = capsys.readouterr().out
+    assert f"evaluated on {data}\nnote: the trees are others than the preset's" in said
+    [first] = [line for line in said.splitlines() if line.split()[:2] == ["1", "50%"]]
+    assert first.split()[-1].startswith("0:")  # not the 1,000 seconds of the evaluation
+    out = world / "card"
+    card = (out / "README.md").read_text()
+    assert f"base_model: {world}/policy\n" in card
+    assert f"* On {world}/trees.jsonl: 2 steps, {log(out)[-1]['tokens']} tokens\n" in card
+    assert f"`{shlex.join(command)}`" in card
+    for row in log(out, evaluations=True):
+        assert f"after {row['step']} steps: {100 * row['eval_accuracy']:.1f} %, 95 % [" in card
+
+
+def test_a_run_is_drawn_into_its_own_folder(world, whole, monkeypatch):
+    """Also where it learns from solutions, which earn no reward. No committed picture changes."""
+    pytest.importorskip("matplotlib")
+    from results import plot
+    pictures = {path: path.read_bytes() for path in Path(HERE, "results").glob("*.png")}
+    for folders in ([world / "policy"], [whole, world / "policy"]):
+        monkeypatch.setattr(sys, "argv", ["plot.py", "run", *map(str, folders)])
+        plot.main()
+        assert (folders[0] / "run.png").read_bytes().startswith(b"\x89PNG")
+        (folders[0] / "run.png").unlink()
+    assert pictures == {path: path.read_bytes() for path in Path(HERE, "results").glob("*.png")}
+
+
 METHODS = {name: f"--baseline {name}" for name in advantage.ESTIMATORS} | sweep.ROWS
 METHODS |= {"task_critic": f"--critic {sweep.STUDENT}", "sft": "--objective sft"}
 
@@ -872,7 +1007,9 @@ def test_every_method_is_a_command(world, whole, monkeypatch, name):
     flags = flags.replace("{out}/{set}-teacher", str(whole)).split()
     if name == "sft":
         flags += ["--trees", world / "traces.jsonl"]
-    flags += ["--critic_warmup", 0, "--steps", 1, "--eval_every", 0]
+    flags += ["--steps", 1, "--eval_every", 0]
+    if "--critic" in flags:
+        flags += ["--critic_warmup", 0]
     args = train.parse_args(short(world, f"method-{name}", *flags))
     out = here(world, f"method-{name}", *flags)
     [row] = log(out)
@@ -896,8 +1033,7 @@ def test_every_row_of_the_tables_runs_on_the_embedded_default(tmp_path, monkeypa
     monkeypatch.chdir(HERE)
     flags = sweep.ROWS[row].replace(" --teacher_adapter {out}/{set}-teacher", "")
     train.train(train.parse_args([
-        "--eval_every", "0", "--critic_warmup", "1", "--steps", "2", "--out", f"{tmp_path}/run",
-        *flags.split()]))
+        "--eval_every", "0", "--steps", "2", "--out", f"{tmp_path}/run", *flags.split()]))
     assert has_learnt(tmp_path / "run")
 
 
@@ -953,6 +1089,30 @@ def test_resuming_on_other_trees_is_refused(world):
         here(world, "changed", *flags, "--resume")
 
 
+def test_resuming_with_other_held_out_problems_is_refused(world):
+    """The run went to its end, and failed to compare the two accuracies. Without evaluation the
+    file does not matter."""
+    data = world / "held_out.jsonl"
+    data.write_text((world / "test.jsonl").read_text())
+    flags = ["--eval_data", data, "--steps", 1]
+    here(world, "held_out", *flags, "--eval_every", 1)
+    data.write_text(data.read_text().replace("Ben", "Ann"))
+    with pytest.raises(InputError, match="the held-out problems are not those"):
+        here(world, "held_out", *flags, "--eval_every", 1, "--resume")
+    gc.collect()
+    here(world, "held_out", *flags, "--eval_every", 0, "--resume")
+
+
+def test_a_folder_of_something_else_is_left_alone(world):
+    """`--out .` with --resume replaced the README.md there, and a model's tokenizer."""
+    folder = world / "mine"
+    folder.mkdir()
+    (folder / "README.md").write_text("dear")
+    with pytest.raises(InputError, match="is not empty"):
+        here(world, "mine", "--resume")
+    assert (folder / "README.md").read_text() == "dear"
+
+
 MISTAKES = [
     ("--trees nowhere.jsonl", "nowhere.jsonl"), ("--batch_size 9", "--batch_size"),
     ("--no_such_flag", "unrecognized"), ("--baseline magic", "invalid choice"),
@@ -967,7 +1127,9 @@ MISTAKES = [
 LATE_MISTAKES = [  # which only the model can tell
     ("--model ./nothing", "no folder"), ("--max_prompt 1", "--max_prompt"),
     ("--adapter policy", "the adapter policy"), ("--critic ./nowhere", "nowhere"),
-    ("--eval_every 1 --eval_data long.jsonl", "1001 tokens")]
+    ("--eval_every 1 --eval_data long.jsonl", "1001 tokens"),
+    ("--objective sft --trees traces.jsonl --max_prompt 1", "--max_prompt"),
+    ("--objective sft --trees long_traces.jsonl", "256 positions")]
 
 
 @pytest.mark.parametrize("flags, says", MISTAKES + LATE_MISTAKES)
@@ -977,6 +1139,8 @@ def test_a_mistake_is_one_sentence_and_status_2(world, tmp_path, monkeypatch, ca
     torn = (world / "trees.jsonl").read_text() + '{"id": "q9", "ques'
     (world / "torn.jsonl").write_text(torn)
     write_jsonl("long.jsonl", [dict(id="long", question="Ben " * 1000, answer="1")])
+    write_jsonl("long_traces.jsonl", [dict(id="long", question="Ben has 5 pens .", answer="1",
+                                           steps=["1 + 2 = 3"] * 99, reward=1)])
     (world / "stranger").mkdir(exist_ok=True)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         text = (world / "model" / name).read_text()
@@ -989,6 +1153,47 @@ def test_a_mistake_is_one_sentence_and_status_2(world, tmp_path, monkeypatch, ca
         run_command(lambda: train.train(train.parse_args(base + flags.split())))
     said = capsys.readouterr().err.splitlines()  # transformers shows its loading bar before
     assert stop.value.code == 2 and says in said[-1] and "Traceback" not in str(said)
+
+
+def test_two_scorings_do_not_write_one_file(world, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [
+        "evaluate.py", "--data", f"{world}/test.jsonl", "--out", f"{world}/scores.jsonl"])
+    held = lock(f"{world}/scores.jsonl")
+    with pytest.raises(InputError, match="another process writes .*scores.jsonl"):
+        evaluate.main()
+    held.close()
+
+
+def test_a_rank_whose_torchrun_was_killed_while_it_imported_torch_ends(monkeypatch):
+    """Importing takes seconds. A rank whose torchrun died meanwhile asked in vain to be told of
+    that death, and trained on beside the next run."""
+    asked = []
+    system = SimpleNamespace(prctl=lambda *wish: asked.append(wish))
+    monkeypatch.setattr("ctypes.CDLL", lambda name: system)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    monkeypatch.setattr(evaluate, "PARENT", os.getppid())
+    evaluate.distributed()
+    assert asked == [(1, signal.SIGKILL)]
+    monkeypatch.setattr(evaluate, "PARENT", -1)  # whose child is this process no more
+    with pytest.raises(SystemExit, match="torchrun has ended"):
+        evaluate.distributed()
+
+
+def test_completions_beyond_learned_positions_are_refused(world, tmp_path):
+    """GPT-2: the prompts fit its positions, and they with their completions did not: an IndexError
+    after the model had begun."""
+    tokenizer = AutoTokenizer.from_pretrained(f"{world}/policy")
+    for positions, says in ((40, None), (28, "completions up to 12; expected them to fit the 28")):
+        config = GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=1, n_head=2,
+                            n_positions=positions, bos_token_id=3, eos_token_id=3)
+        GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+        tokenizer.save_pretrained(tmp_path / "gpt2")
+        flags = ["--model", tmp_path / "gpt2", "--steps", 1, "--eval_every", 0]
+        if says:
+            with pytest.raises(InputError, match=says):
+                here(world, f"positions-{positions}", *flags)
+        else:
+            here(world, f"positions-{positions}", *flags)
 
 
 # ---- Checkpoints ---------------------------------------------------------------------------------
@@ -1005,6 +1210,19 @@ def test_a_finished_run_is_resumed_without_work(world, whole, monkeypatch, capsy
     here(world, "whole", "--resume")
     assert before == [(whole / name).read_bytes() for name in names]
     assert "3 steps done" in capsys.readouterr().out
+
+
+def test_a_log_that_cannot_be_read_does_not_stop_a_run(world, whole, capsys):
+    """A power cut left NUL bytes at the ends of the logs: the checkpoint was whole, and every
+    --resume a traceback."""
+    out = world / "power_cut"
+    shutil.copytree(whole, out)
+    for name, damaged in (("log.jsonl", "\n\0\0\0\n[1, 2]\n"), ("rollouts.jsonl", "{}\0")):
+        with open(out / name, "a") as file:
+            file.write(damaged)
+    here(world, "power_cut", "--resume")
+    assert capsys.readouterr().out.count("cannot be read and is dropped") == 4
+    same_run(whole, out)
 
 
 def test_resuming_with_other_settings_names_them(world, whole):
@@ -1116,7 +1334,7 @@ def test_kill_minus_9_frees_the_folder_and_loses_nothing(world):
 
 
 def damage(path, how):
-    """Cut a file to its first bytes, or flip a bit of its last tensor, or of its count of tokens."""
+    """Cut a file to its first bytes, or flip a bit of its last tensor or of its count of tokens."""
     data = bytearray(path.read_bytes())
     if how == "one bit":
         data[-100] ^= 1
@@ -1173,6 +1391,19 @@ def test_a_full_disk_is_one_sentence(world, whole, monkeypatch, room):
     same_run(whole, out)
 
 
+@pytest.mark.parametrize("flags", ["--critic POLICY", "--reward teacher --teacher POLICY"])
+def test_a_critic_or_teacher_that_diverges_stops_the_run(world, monkeypatch, flags):
+    """It ended in a traceback, or trained on without learning."""
+    nan = torch.tensor(float("nan"))
+    step_values = evaluate.step_values
+    monkeypatch.setattr(evaluate, "step_values", lambda *args: step_values(*args) * nan)
+    token_logps = train.token_logps
+    monkeypatch.setattr(train, "token_logps", lambda *args: [
+        values * nan.numpy() for values in token_logps(*args)])
+    with pytest.raises(InputError, match="not finite numbers"):
+        here(world, f"sick{len(flags)}", *flags.split(), "--eval_every", 0)
+
+
 def test_diverged_weights_are_never_saved(world, monkeypatch):
     out = world / "diverged"
     here_once = train.update
@@ -1189,6 +1420,19 @@ def test_diverged_weights_are_never_saved(world, monkeypatch):
     with safe_open(out / "checkpoint" / "checkpoint.safetensors", "pt") as checkpoint:
         assert checkpoint.metadata()["step"] == "1"
     assert all(value.isfinite().all() for value in adapter(out).values())
+
+
+def test_a_tokenizer_of_several_chat_templates_is_saved_again(world, tmp_path):
+    """They are a folder beside the tokenizer's files: the second save failed, and every resume."""
+    shutil.copytree(world / "policy", tmp_path / "policy")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "policy")
+    tokenizer.chat_template = dict.fromkeys(["default", "tools"], "{{ messages[0]['content'] }}")
+    tokenizer.save_pretrained(tmp_path / "policy")
+    flags = ["--model", tmp_path / "policy", "--eval_every", 0, "--instruction", ""]
+    out = here(world, "templates", *flags)
+    here(world, "templates", *flags, "--resume")  # which saves again
+    saved = AutoTokenizer.from_pretrained(out)
+    assert saved.chat_template == tokenizer.chat_template
 
 
 # ---- Logs ----------------------------------------------------------------------------------------

@@ -155,7 +155,8 @@ def parse_args(argv=None):
     add_flags(parser)
     given = vars(parser.parse_args(argv))
     args = argparse.Namespace(**{**PRESETS[given["preset"]], "baseline": "expectation", **given})
-    check_flags(args, given)
+    words = {word.split("=")[0] for word in (sys.argv[1:] if argv is None else argv)}
+    check_flags(args, [name for name in given if f"--{name}" in words])
     method = args.baseline if args.reward == "task" else args.reward
     if args.critic:
         method = f"{args.reward}-critic"
@@ -166,7 +167,10 @@ def parse_args(argv=None):
 
 
 def check_flags(args, given):
-    """InputError where flags contradict each other, or would have the run learn nothing."""
+    """InputError where flags contradict each other, do nothing, or leave nothing to learn from.
+
+    given   the names of the flags on the command line
+    """
     def refuse(wrong, sentence):
         if wrong:
             raise InputError(sentence)
@@ -197,6 +201,10 @@ def check_flags(args, given):
            "--adapter is trained as it is; --lora_rank, --lora_alpha, --lora_dropout do nothing.")
     refuse(args.kl_coef and not args.lora_rank,
            "--kl_coef compares with the student without its adapter; --lora_rank 0 has none.")
+    used = dict(mc_rollouts=args.baseline == "mc", no_root=args.group != "question",
+                kl=args.distill_coef, critic_warmup=args.critic, gae_lambda=args.critic)
+    for name, is_used in used.items():
+        refuse(name in given and (sft or not is_used), f"--{name} does nothing here; leave it out.")
 
 
 # ---- Records -------------------------------------------------------------------------------------
@@ -388,6 +396,9 @@ def credit_steps(samples, run, args, micro_tokens):
             values |= {id(s): part.numpy() for s, part in zip(batch.samples, parts)}
     for sample, step_rewards in zip(samples, rewards):
         a, sample.targets = advantage.gae(step_rewards, values[id(sample)], GAMMA, lam)
+        if not np.isfinite(a).all():
+            raise InputError("the critic's values or the teacher's rewards are not finite numbers; "
+                             "expected models that have not diverged")
         lengths = np.diff([*sample.steps, len(sample.completion_ids)])
         sample.advantages = np.repeat(a, lengths)
 
@@ -642,6 +653,8 @@ def set_up(args, rank, world, device):
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=betas, weight_decay=0.0)
     with open(args.trees, "rb") as file:
         contents = {"base weights": base_weights, "trees": f"{crc32(file.read()):08x}"}
+    if problems:
+        contents["held-out problems"] = f"{crc32(json.dumps(problems).encode()):08x}"
     run = Run(models, tokenizer, optimizer, trainable, contents, args.micro_tokens, rank, world)
     if checkpoint:
         restore(run, checkpoint, args)
@@ -660,6 +673,7 @@ def load_models(args, device):
         student = get_peft_model(student, LoraConfig(
             r=args.lora_rank, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout,
             target_modules="all-linear", task_type="CAUSAL_LM"))
+    student.eval()  # PEFT wraps it in training mode, in which a base's own dropout acts
     teacher = None
     if args.teacher:
         teacher, _ = evaluate.load(args.teacher, args.teacher_adapter, device)
@@ -698,8 +712,9 @@ def open_folder(args):
         raise InputError(f"--out {args.out} is no folder. Expected the name of one to make.")
     os.makedirs(args.out, exist_ok=True)
     held = lock(os.path.join(args.out, "log.jsonl"))
-    if not args.resume and set(os.listdir(args.out)) - {"log.jsonl.lock"}:
-        raise InputError(f"the folder {args.out} is not empty. Expected --resume to go on with the "
+    others = set(os.listdir(args.out)) - {"log.jsonl.lock"}
+    if others and not (args.resume and {"log.jsonl", "checkpoint"} & others):
+        raise InputError(f"the folder {args.out} is not empty. Expected --resume to go on with a "
                          "run in it, another --out, or an empty folder.")
     return held
 
@@ -812,7 +827,7 @@ def restore(run, checkpoint, args):
     """Set a run to where a checkpoint stands. InputError where it was made with other contents."""
     metadata = checkpoint.metadata()
     for what, value in json.loads(metadata["contents"]).items():
-        if run.contents[what] != value:
+        if run.contents.get(what, value) != value:
             raise InputError(f"the {what} are not those of the checkpoint in {args.out}; expected "
                              "the same contents, or another --out")
     for name, p in run.trainable.items():
@@ -902,8 +917,9 @@ class Log:
         preset = PRESETS[args.preset]
         if args.eval_every:
             print(f"evaluated on {args.eval_data}")
-        if args.trees != preset["trees"] and args.eval_data == preset["eval_data"]:
-            print("note: the trees are others than the preset's, the evaluation's problems are not")
+            if args.trees != preset["trees"] and args.eval_data == preset["eval_data"]:
+                print("note: the trees are others than the preset's, "
+                      "the evaluation's problems are not")
 
     def write(self, row):
         """Append a line to log.jsonl; a figure that is not finite is null."""
@@ -915,7 +931,8 @@ class Log:
         run = self.run
         rows = evaluate.score(run.models.student, run.tokenizer, run.share(problems),
                               2 * self.args.max_new_tokens,
-                              encode_prefix=evaluate.encoder(run.tokenizer, self.args))
+                              encode_prefix=evaluate.encoder(run.tokenizer, self.args),
+                              progress=run.rank == 0)
         shares = gather(rows)
         if run.rank == 0:
             path = eval_path(self.args, run.step)

@@ -24,54 +24,66 @@ from itertools import islice
 from numbers import Rational
 from zlib import crc32
 
-LONG, DEEP, BITS = 400, 40, 8192  # characters, nested brackets, bits of an exact number
+LONG, BITS = 400, 8192  # characters of an answer, bits of an exact number
+
+
+def respell(rules, text):
+    for pattern, replacement in rules:
+        text = re.sub(pattern, replacement, text)
+    return text
+
 
 # ---- Finding the answer --------------------------------------------------------------------------
 
-# Zero-width characters; tags such as </s>, <|eot_id|>, [END]; private characters, see HIDE.
-INVISIBLE = re.compile(r"[\u200b-\u200f\u2060\ufeff\xad\ue000-\uf8ff]|\[[A-Z]{3,9}\]|"
-                       r"<(?!answer>)[A-Za-z/|][\w|]{0,40}>")
-BOX = r"\\boxed ?\{(?:[^{}]|\{[^{}]*\})*\}"
-FILL = r"(?:[\s$]|\\[()]|[a-z] ?=)*"
-REMARK = (r"\s{1,9}(?:\w{1,20}ly |indeed )?(?:right|wrong|verified|consistent|valid|confirmed|"
-          r"sound|checked|(?:in)?correct|(?:in)?accurate|(?:un)?reasonable|justified|plausible|"
-          r"below|shown|(?:found|obtained|computed|calculated) by)\b")
-MARKER = re.compile(  # {0,9} in place of * keeps it linear; the lookaheads make it quick
-    rf"(?=[\\#a])(?=\\[bf]|(?<!#)#|an)(?:(?P<boxes>(?:{BOX}{FILL}(?:,|and\b|or\b)+{FILL})+{BOX})|"
-    r"(?P<box>\\(?:boxed|fbox)\s{0,9})|"
-    r"(?P<hashes>#{4,9}(?!#|\s{0,9}\d{1,2}[.):]\s{1,9}[A-Z*]))|"  # "#### 2. Add them" is a heading
-    rf"(?P<words>answers?[\s*_]{{0,9}}(?:is|are)\b(?!{REMARK})[\s:*_]{{0,9}})|"
-    r"(?P<colon>(?:(?<!/)answers?[\s*_]{0,9}[:=>]|(?:(?<=[#*])|(?<=[#*] )|(?<=final ))answer\b)"
-    r"[\s:*_]{0,9}(?:(?<=\n)[-•]\s)?))", re.IGNORECASE)
+# Where a sentence is read for its answer, each ASCII character of its formulas is moved to
+# Unicode's private area, so that no rule about words, commas and full stops meets them.
+HIDE = {code: 0xE000 + code for code in range(128)}
+SHOW = {0xE000 + code: code for code in range(128)}
+N = r"[\d\ue000-\ue07f]"  # a digit, or a character of a formula
+
+BOX = r"\\boxed ?\{((?:[^{}]|\{[^{}]*\})*)\}"
+FILL = r"(?:[\s$}]|\\[()]|\\q?quad|\\text\{|[a-z] ?=)*"
+CLEAN = [
+    (r"[\u200b-\u200f\u2060\ufeff\xad\ue000-\uf8ff]", ""),  # zero-width, and what HIDE makes
+    (r"(?i)<(?:final_)?answer>", "answer: "),
+    (r"\[/?[A-Z]{3,9}\]|<[A-Za-z/|][\w|]{0,40}>", " "),  # </s>, <|eot_id|>, [END]
+    (rf"{BOX}(?:(?:{FILL}(?:,|and\b|or\b))+{FILL}{BOX})+",  # \boxed{2} and \boxed{3}
+     lambda boxes: rf"\boxed{{{', '.join(re.findall(BOX, boxes[0]))}}}")]
+# What announces an answer. {0,9} in place of * keeps the search linear, the first letter quick.
+MARKER = re.compile(
+    r"(?=[\\#a])(?:(?P<box>\\(?:boxed|fbox)\s{0,9})|"
+    r"(?P<hashes>(?<!#)#{4,9}(?!#|\s{0,9}\d{1,2}[.):]\s{1,9}[A-Z*]))|"  # "#### 2. Add" is a heading
+    r"(?P<words>answers?[\s*_]{0,9}(?:is|are)\b(?: (?:therefore|now|just))?[\s:*_]{0,9})|"
+    r"(?P<colon>(?:answers?[\s*_]{0,9}[:=]|(?:(?<=[#*])|(?<=[#*] )|(?<=final ))answer\b)"
+    r"[\s:*_]{0,9}(?:(?<=\n)[-•]\s)?))", re.IGNORECASE)  # the answer may be the item of a list
 BRACE = re.compile(r"\\[\\{}]|[{}]")
 BARE = re.compile(r"[-+.\d\\][^\s$]*")  # \boxed 5, but not "\boxed as you wished"
-NUMBER = re.compile(r"\\[dtc]?frac\{-?[0-9]+\}\{[0-9]+\}|(?:(?<![\w)}])[-−])?\\?\$?"
-                    r"(?:[0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+)(?:/[0-9]+)?\\?%?")
+NUMBER = re.compile(  # the last one counts where no answer is marked
+    r"\\[dtc]?frac\{-?[0-9]+\}\{[0-9]+\}|(?:(?<![\w)}])[-−])?\\?\$?"
+    r"(?:[0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+)(?:/[0-9]+)?\\?%?")
 FORMULA = re.compile(  # in a sentence; but "$5 or $6" is money
     r"\$\$(.+?)\$\$|\\\[(.+?)\\\]|\\\((.+?)\\\)|\$(?=\S)((?:[^$\\]|\\.)+)(?<!\s)\$(?!\d)|"
     r"(\\[a-zA-Z]+(?: ?\{[^{}]*\})?)", re.DOTALL)
-HIDE = {k: 0xE000 + k for k in range(128)}  # a hidden formula has no letters, spaces or full stops
-SHOW = {0xE000 + k: k for k in range(128)}
-N = r"[\d\ue000-\ue07f]"  # a digit, or of a formula
 CLAUSE_END = re.compile(
-    r"\n|(?<!\\)[.!?](?=\s|$)|;| \((?=[a-z]{2})|,?\s(?:because|since|as|which|so|where|when)\b|"
-    r"(?<=[\d\ue029-\ue039\ue07d]) \((?=[\d\s+*/=$.,\ue000-\ue07f×x-]+\))|"  # 96 (48 + 48)
-    r",(?= (?!and\b|or\b)[a-z]{2})")
-LEAD = re.compile(r"(?:(?:thus|therefore|hence|then|so|simply|just|only|also|now|exactly|about|is|"
-                  r"approximately|given by|equal to|equals) )+", re.IGNORECASE)
+    r"\n|(?<!\\)[.!?](?=\s|$)|;|,(?= (?!and\b|or\b)[a-z]{2})|"
+    r",?\s(?:because|since|which|so|where|when|or about)\b|"
+    rf" \((?=[a-z]{{2}})|(?<={N}) \((?=[\d\s+*/=$.×x-]+\))")  # 96 (48 + 48)
 NAMES = ("arcsin|arccos|arctan|sin|cos|tan|cot|sec|csc|exp|log|ln|abs|sqrt|pi|hundred|thousand|"
-         "million|billion|trillion|tenths|hundredths|thousandths|thirds|halves|squared|cubed|"
-         "factorial|plus|minus|divided")  # words that compute: no prose and no units
+         "million|billion|trillion|dozen|halves|thirds|tenths|hundredths|thousandths|squared|cubed|"
+         "doubled|factorial|plus|minus|divided|less than|more than")  # they compute: no units
 WORDS = re.compile(  # of a sentence, those apart that belong to a formula
     rf"((?:[\s,:]*(?<![\w\\])(?!(?:{NAMES}|[A-Z]+)\b)(?:[A-Za-z]{{2,}}(?:['’-][A-Za-z]+)*|"
     r"a(?= [a-z]))(?![\w(^{_]| ?[+*/=^<>]| - ))+)")
 CHANGED = re.compile(  # words that make another number of the next, and quantities of two parts
-    r"\b(?:not|never|than|but|except|neither|nor|half|third|quarter|twice|double|triple|times|"
-    r"square|cube|root|power|sum|product|ratio|difference|multiple|divisor|factor|reciprocal|under|"
-    r"negative|opposite|most|least|below|over|above|between|up to|isn['’]t)"
-    rf"(?: (?:of|the|an?|equal|to))* \$?-?{N}|\d [a-z]+,? \$?\d|{N} [a-z]+,? and \$?{N}")
-NO_ANSWER = re.compile(r"(?:\S+ ){3}|(?:the|an?|in|on|at|by|to|of|as|for|from|that|this|what|how|"
-                       r"not|we|it|our|your|given|found)\b", re.IGNORECASE)
+    r"\b(?:not|never|isn['’]t|than|but|except|neither|nor|half|thirds?|quarters?|(?:fif|six)ths|"
+    r"twice|double|triple|times|square|cube|root|power|sum|product|ratio|difference|multiple|"
+    r"divisor|factor|reciprocal|negative|opposite|most|least|under|below|over|above|between|up to)"
+    rf"(?: (?:of|the|an?|or|equal|to))* \$?-?{N}|{N} (?:or (?:more|less|fewer)|at (?:mo|lea)st)\b|"
+    rf"\d [a-z]+,? \$?\d|{N} [a-z]+,? and \$?{N}")
+NO_ANSWER = re.compile(  # words behind "the answer is" that do not state it
+    r"(?:\S+ ){3}|(?:the|an?|in|on|at|by|to|of|as|for|from|that|this|what|how|not|we|it|our|your|"
+    r"given|found|shown|below|right|wrong|\w*correct|\w*valid|verified|confirmed|checked|"
+    r"consistent|accurate|reasonable|sound)\b", re.IGNORECASE)
 VARIABLE = re.compile(r"(?<![A-Za-z\\])[A-Za-z](?![A-Za-z])")
 
 
@@ -81,12 +93,9 @@ def extract_answer(text, strict=False):
     Passed over are markers with nothing behind them and boxes that never close (a cut completion).
     Words, as in "the answer is an integer", count where no other marker has an answer. Without a
     marker: None if strict, else the last number."""
-    text = INVISIBLE.sub("", text)
+    text = respell(CLEAN, text)
     end, words = len(text), None
     for marker in reversed(deque(MARKER.finditer(text), maxlen=30)):  # thirty empty ones: no answer
-        if marker["boxes"]:  # joined by "," "and" "or"
-            boxes = re.findall(BOX, marker[0])
-            return ", ".join(tidy(box[box.index("{") + 1:-1]) for box in boxes)
         if marker["box"]:
             answer, at_once = in_box(text, marker.end(), end), True
         else:
@@ -126,7 +135,7 @@ def in_sentence(text):
     text = re.sub(r"\*\*|__|[`\"“”]", "", text.lstrip()[:LONG])
     text = FORMULA.sub(lambda match: match[match.lastindex].translate(HIDE), text)
     clause = CLAUSE_END.split(respell(SPOKEN, text), 1)[0]
-    clause = LEAD.sub("", " ".join(clause.split()), 1)
+    clause = " ".join(clause.split())
     parts = WORDS.split(clause)  # formula, words, formula, ..., words, formula
     formulas = [part for part in parts[::2] if re.search(rf"[A-Za-z]|{N}", part)]
     at_once = parts[0] in formulas
@@ -146,7 +155,7 @@ def in_sentence(text):
 
 def tidy(answer):
     """Without what surrounds it; a plain number also without "$" and thousands separators."""
-    answer = answer.strip().lstrip(" :*_`\"“'").rstrip(" .,;:\\*_`\"”'")
+    answer = answer.strip().lstrip(" }:*_`\"“'").rstrip(" .,;:\\*_`\"”'")
     if re.fullmatch(r"-?\d*\.\d{40,}", answer):
         answer = answer.rstrip("0")
     if len(answer) > LONG:
@@ -159,81 +168,96 @@ def tidy(answer):
 
 # ---- One spelling for the many of LaTeX and plain text -------------------------------------------
 
-SPOKEN = [(r"\b(?:negative|minus) (?=[\d\\$])", "-"), (r"(?<=\d) and a half\b", ".5"),
-          (rf"(?<={N}),? (?:and|or) (?=\$?-?{N})", ", ")]
+def repeating(match):
+    """0.1\\overline{3} is (13 - 1) / 90."""
+    whole, start, digits = match.groups()
+    return f"(({whole}{start}{digits}-0{whole}{start})/{'9' * len(digits)}{'0' * len(start)})"
+
+
+# Rules (pattern, replacement), applied one after another.
+SPOKEN = [
+    (rf"\b(?:negative|minus) (?=\$?{N}|\\)", "-"),
+    (r"(?<=\d) and a half\b", ".5"),
+    (rf"(?<={N}),? (?:and|or) (?=\$?-?{N})", ", "),
+    (r"^(?:In|For|With|If|When|Since|After|Given|On|At|By|From)\b[^,]*, ", "")]  # In $ABC$, ...
 MATRIX = r"\{(?:[bpB]?(?:small)?matrix|array)\}"
 STYLE = (r"\\(?:text\w*|math(?!bb)[a-z]+|[mh]box|operatorname|emph|underline|boxed|vec|bm|"
          r"boldsymbol)\s*")
 LETTER = r"\{?[A-Za-z]\}?"
 RULES = [
-    # a matrix is a tuple of rows in brackets; a row of one entry is that entry, a column a tuple
-    (rf"\\begin{MATRIX}(?:\{{[lcr|]*\}})?", "(["), (rf"(?:\\\\|\\cr)?\s*\\end{MATRIX}", "])"),
-    (r"\\\\(?:\[[\d.]+ ?[a-z]{2}\])?|\\cr(?![a-z])", "],["), ("&", ","),
-    # spaces, sizes, colours, money, styles
-    (r"\{([,:])\}", r"\1"), (r"(?<=\d)\\,(?=\d{3})|\\!\s*", ""),  # 10{,}080 10\,080 10,\!080
-    (r"\\[,;: ]|~|\\q?quad(?![a-z])", " "),
-    (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|[lL]arge|bf|hline)(?![a-zA-Z])", ""),
-    (r"\\(?:text)?color(?:box)? ?\{\w*\}|\\?\$|\\[()\[\]]|[£€¢]", ""),
-    (rf"(?<=[\d)}}])\s*{STYLE}\{{ *(?!(?:[ie]|and|or|{NAMES})\b)([A-Za-z][^{{}}]*)\}}", r" unit_\1 "),
-    (rf"{STYLE}\{{([^{{}}]*)\}}", r" \1 "), (rf"{STYLE}(?=\{{)", ""),
-    # degrees count inside a function alone
+    # A matrix is a tuple of rows in brackets; a row of one entry is that entry, a column a tuple.
+    (rf"\\begin{MATRIX}(?:\{{[lcr|]*\}})?", "(["),
+    (rf"(?:\\\\|\\cr)?\s*\\end{MATRIX}", "])"),
+    (r"\\\\\*?(?:\[[\d.]+ ?[a-z]{2}\])?|\\cr(?![a-z])|\\(?:tabular)?newline", "],["),
+    ("&", ","),
+    # What is not seen or does not matter: spaces, sizes, colours, money, styles.
+    (r"\{([,:])\}", r"\1"),  # 10{,}080
+    (r"(?<=\d)\\,(?=\d{3})|\\!\s*", ""),  # 10\,080 and 10,\!080
+    (r"\\[,;: ]|~|\\q?quad(?![a-z])|\\(?:[hv]space|phantom)\{[^{}]*\}", " "),
+    (r"\\(?:left|right|middle|[bB]igg?[lr]?|displaystyle|[lL]arge|bf|hline)(?![a-zA-Z])", ""),
+    (r"\\(?:text)?color(?:box)? ?(?:\[\w*\])?\{[\w.,]*\}|\\?\$|\\[()\[\]]|[£€¢]", ""),
+    (rf"(?<=[\d)}}])\s*{STYLE}\{{ *(?!(?:[ie]|and|or|{NAMES})\b)([A-Za-z][^{{}}]*)\}}",
+     r" unit_\1 "),  # 60\text{ W}: a letter that is not marked is a variable
+    (rf"{STYLE}\{{([^{{}}]*)\}}", r" \1 "),
+    (rf"{STYLE}(?=\{{)", ""),
+    # Degrees count inside a function alone: 90^\circ is 90.
     (r"\^?\s*(?:\{\s*\\circ\s*\}|\\circ(?![a-z])|\\degree)|°| (?:unit_)?degrees?\b", "°"),
     (r"(sin|cos|tan|cot|sec|csc)(\^\{?\d\}?)?\s*[({]?\s*([\d.]+)\s*°[)}]?", r"\1\2{\3\\degree}"),
     (r"°(?: *(?:unit_)?(?:[CF]|Celsius|Fahrenheit)\b)?", " "),
     (r"(sin|cos|tan)\s*\^\s*\{\s*-1\s*\}", r"arc\1 "),
     (r"\\?log\s*_\s*(\{[^{}]*\}|\w)", r"\\frac{1}{\\ln \1}\\ln "),
-    # numbers
-    (r"(?<=[\d)}])\s*(?:\\approx|≈).*", ""), (r"²", "^2"), (r"³", "^3"),  # 1/3 \approx 0.33
-    (r"\\%|\bpercent\b", "%"), (r"(?<=\d)(?=[A-Za-z]{4,}|[ckm]m\b|[ap]m\b)", " "),  # 12inches
-    (r"\\[dtc]frac", r"\\frac"), (r"\\frac\s*(\d)", r"\\frac{\1}"),
-    (r"(\\frac\s*\{[^{}]*\})\s*(\d)", r"\1{\2}"),  # \frac43
-    (r"(?<![\w.^])(\d+)\s*(\\frac\{\d+\}\{\d+\}|(?<= )\d+\s*/\s*\d+)", r"(\1+\2)"),  # 1 3/4
-    (r"\{(\w+) *\\choose *(\w+)\}|\\[dt]?binom\{(\w+)\}\{(\w+)\}", r"(\1\3!/(\2\4!(\1\3-\2\4)!))"),
-    (r"(\d*)\.(\d*)\\overline\s*\{(\d+)\}", lambda match: repeating(*match.groups())),
-    (r"(\d)[eE]([-+]?\d)", r"\1*10^\2"), (r"(\^(?:\{[^{}]*\}|\d+ )|!)\s*(?=\d)", r"\1*"),  # 2^3 3^4
-    (r"\s*_\s*\{\s*\(?(\w+)\)?\s*\}", r"_\1"), (r"^\s*\((\w+)\)(?=_)", r"\1"),  # (52)_{8}
-    # lists and sets
-    (r",?\s+(?:and|or)\s+(?![a-z]{2})", ", "), (r"\\\{\s*\\\}", r"\\emptyset "),
+    # Numbers.
+    (r"(?<=[\d)}])\s*(?:\\approx|≈).*", ""),  # 1/3 \approx 0.33
+    ("²", "^2"), ("³", "^3"),
+    (r"\\%|\bpercent\b", "%"),
+    (r"(?<=\d) *\( *([a-z]{3,}) *\) *$", r" \1"),  # 72 (dollars)
+    (r"(?<=\d)(?=[A-Za-z]{4,}|(?:[ckmap]m|[km]g|ml|ft|lbs?|hrs?)\b)", " "),  # 12inches
+    (r"\\[dtc]?frac *(\d|\{[^{}]*\}) *(\d)", r"\\frac{\1}{\2}"),  # \frac43
+    (r"(?<![\w.^])(\d+)\s*(\\[dtc]?frac\{\d+\}\{\d+\}|(?<= )\d+\s*/\s*\d+)", r"(\1+\2)"),  # 1 3/4
+    (r"\{(\w+) *\\choose *(\w+)\}|\\[dt]?binom\{(\w+)\}\{(\w+)\}",
+     r"(\1\3!/(\2\4!(\1\3-\2\4)!))"),
+    (r"(\d*)\.(\d*)\\overline\s*\{(\d+)\}", repeating),
+    (r"(\d)[eE]([-+]?\d)", r"\1*10^\2"),
+    (r"(\^(?:\{[^{}]*\}|\d+ )|!)\s*(?=\d)", r"\1*"),  # 2^3 3^4
+    (r"\s*_\s*\{\s*\(?(\w+)\)?\s*\}", r"_\1"),
+    (r"^\s*\((\w+)\)(?=_)", r"\1"),  # (52)_8
+    # Lists and sets.
+    (r",?\s+(?:and|or)\s+(?![a-z]{2})", ", "),
+    (r"\\\{\s*\\\}", r"\\emptyset "),
     (r"\\[lr]?vert(?![a-z])", "|"),
     (r"^\\\{\s*[a-z]\s*(?:\\in ?\\mathbb\{?R\}? ?)?(?:\\mid|\||:)(.*)\\\}$", r"\1"),  # \{x: x > 4\}
-    (r"\\mathbb\s*\{?R\}?|ℝ|all real numbers", r"(-\\infty,\\infty)"),
+    (r"\\mathbb\s*\{?R\}?|ℝ|[Aa]ll real numbers", r"(-\\infty,\\infty)"),
     (r"^\s*[a-zA-Z]\s*(?:\\in(?![a-z])|∈)", ""),  # x \in [0, 1]
     (r"^\((?:\\?[a-z]+, ?)+\\?[a-z]+\) ?= ?(?=\()", ""),  # (x, y) = (3, 10)
-    (r"^([a-z]) ?= ?([^,=]+), ?(?!\1)[a-z] ?= ?([^,=]+)$", r"(\2,\3)"),  # x = 3, y = 10
-    (r"^\s*[a-z] ?(?:\\neq?(?![a-z])|≠)(.+)$", r"(-\\infty,\1),(\1,\\infty)"),
-    (r"^([(\[][^,]*,)([^,]*[)\]]) *\\setminus *\\\{([^,]*)\\\}$", r"\1\3),(\3,\2"),
+    (r"^\s*[a-z] ?(?:\\neq?(?![a-z])|≠)(.+)$", r"(-\\infty,\1),(\1,\\infty)"),  # x \ne 6
+    (r"^([(\[][^,]*,)([^,]*[)\]]) *(?:\\setminus|-) *\\\{([^,]*)\\\}$", r"\1\3),(\3,\2"),
     (r"^-([a-z])\s*(<|>|\\[lg]eq?(?![a-z])|≤|≥)(.*)$", r"-(\3) \2 \1"),  # -x > -4
-    # absolute values, and what does not commute
-    (r"\|([^|]*)\|", r"\\abs{\1}"), (r"(?<![\w\\])([fgh])(?=\()", r"\1\\of "),
+    # Absolute values, and what does not commute.
+    (r"\|([^|]*)\|", r"\\abs{\1}"),
+    (r"(?<![\w\\])([fgh])(?=\()", r"\1\\of "),
     (rf"(?<![\w\\])({LETTER}) *(?:\\times(?![a-z])|×) *(?={LETTER}(?!\w))", r"\1\\cross ")]
 SYNONYMS = {}  # of single tokens
-for row in r"""- − – — ‐ ‑;* \cdot \times \ast × · ⋅;/ \div ÷ \over;: \colon;( \langle;) \rangle;
-    = \approx ≈ \equiv ≡;\{ \lbrace;\} \rbrace;< \lt;> \gt;<= \le \leq \leqslant ≤;, \cup ∪;
-    >= \ge \geq \geqslant ≥;\sqrt √ sqrt;\infty ∞ infinity Infinity;\emptyset ∅ \varnothing;
-    \pi π pi;\theta θ;\setminus \smallsetminus \backslash""".split(";"):
-    SYNONYMS.update(dict.fromkeys(row.split(), row.split()[0]))
+for token, others in {
+        "-": "− – — ‐ ‑", "*": r"\cdot \times \ast × · ⋅", "/": r"\div ÷ \over", ":": r"\colon",
+        "(": r"\langle", ")": r"\rangle", r"\{": r"\lbrace", r"\}": r"\rbrace", "<": r"\lt",
+        ">": r"\gt", "<=": r"\le \leq \leqslant ≤", ">=": r"\ge \geq \geqslant ≥",
+        "=": r"\approx ≈ \equiv ≡", ",": r"\cup ∪", r"\frac": r"\dfrac \tfrac \cfrac",
+        r"\sqrt": "√ sqrt", r"\infty": "∞ infinity Infinity", r"\emptyset": r"∅ \varnothing",
+        r"\pi": "π pi", r"\theta": "θ", r"\setminus": r"\smallsetminus \backslash"}.items():
+    SYNONYMS.update(dict.fromkeys(others.split(), token))
 TOKEN = re.compile(rf"\d+(?:\.\d*)?|\.\d+|\\[a-zA-Z]+|\\.|<=|>=|[A-Za-z]{{4,}}|{NAMES}|[A-Z]{{2,}}|"
                    r"[A-Za-z]_(?:\d+|[A-Za-z])|\S")  # AB is one name, xy is x times y
-# A unit stands behind a number. In formulas a letter is a variable; \text{ W} was marked as unit_W.
+# A unit stands behind a number: SHORT, a word of four letters or more, or what was marked unit_.
+NUMERALS = "one|two|three|four|five|six|seven|eight|nine|ten"  # "less than two" is no unit
+SHORT = (r"(?:[cmk]m|[km]g|[kmg]?hz|[kmgt]b|[km]?wh|in|ft|yd|mi|lb|oz|ml|pt|qt|gal|sec|min|hr|day|"
+         r"wk|yr|cup|men|egg|pen)s?|[ap]m|mph|[cmk]?m/s|km/h|of|per|an?|for")
 UNIT = re.compile(
-    r"(?:(?<=[\d)}\]i%!])|(?<=llion)) (?:(?:unit_)?(?:square|sq|cubic|cu)\.? )*((?:unit_[A-Za-z.]+|"
-    r"(?:(?:[cmk]m|[km]g|[kmg]?hz|[kmgt]b|[km]?wh|in|ft|yd|mi|lb|oz|ml|pt|qt|gal|sec|min|hr|day|wk|"
-    r"yr|cup|men|egg|pen)s?|[ap]m|mph|[cmk]?m/s|km/h|of|per|an?|for)\b|"
-    rf"(?!(?:{NAMES})\b)[A-Za-z]{{4,}})(?:[ ./]+(?!(?:{NAMES})\b)[A-Za-z_]+)*)"
-    r"(?: ?\^\{?[23]\}?| squared)?(?=$|[,)\]\\])", re.IGNORECASE)
+    rf"(?:(?<=[\d)}}\]i%!])|(?<=llion|usand|ndred|dozen)) (?!.*\b(?:{NUMERALS})\b)"
+    r"(?:(?:unit_)?(?:square|sq|cubic|cu)\.? )*"
+    rf"((?:unit_[A-Za-z.]+|(?:{SHORT})\b|(?!(?:{NAMES})\b)[A-Za-z]{{4,}})"
+    rf"(?:[ ./]+(?!(?:{NAMES})\b)[A-Za-z_]+)*)(?: ?\^\{{?[23]\}}?| squared)?", re.IGNORECASE)
 CHOICE = re.compile(r"\(([A-H])\) (.+)")  # (C) 12
 BASE = re.compile(r"(?<=\d)_\d+$|\s*\(? ?\\?[pb]?mod ?[{( ]*\d+[})]*$")  # 4210_5, 5 \pmod{17}
-
-
-def respell(rules, text):
-    for pattern, replacement in rules:
-        text = re.sub(pattern, replacement, text)
-    return text
-
-
-def repeating(whole, start, digits):
-    """0.1\\overline{3} is 12/90."""
-    return f"(({whole}{start}{digits}-0{whole}{start})/{'9' * len(digits)}{'0' * len(start)})"
 
 
 def normalise(answer):
@@ -263,7 +287,6 @@ class Reader:
 
     def __init__(self, tokens):
         self.rest = ["", *reversed(tokens)]  # the next token stands last
-        self.depth = 0
 
     def skip(self, token):
         """Is this the next token? Then go behind it."""
@@ -281,13 +304,13 @@ class Reader:
                 signs.append(self.rest.pop())
                 sides.append(self.expression(0))
             trees += members(related(sides, signs))
-        return trees[0] if len(trees) == 1 else Group(",", trees)
+        names = {tree.name for tree in trees if isinstance(tree, Equation)} - {""}
+        if len(names) == len(trees) > 1:  # x = 3, y = 10 is the pair (3, 10)
+            return Group("()", [tree.right for tree in trees])
+        return joined(trees)
 
     def expression(self, level):
         """Reads on while operators bind tighter than `level`."""
-        self.depth += 1
-        if self.depth > DEEP:
-            raise ValueError("too deep")
         left = self.operand()
         while True:
             sign = self.rest[-1]
@@ -297,7 +320,6 @@ class Reader:
             if self.skip("!"):
                 left = apply(factorial, left)
             elif sign not in OPERATORS or OPERATORS[sign].left <= level:
-                self.depth -= 1
                 return left
             else:
                 self.skip(sign)
@@ -309,7 +331,7 @@ class Reader:
         token = self.rest.pop()
         name = token.lstrip("\\")
         if token in ("-", "+"):
-            return apply(operator.mul, constant(-1 if token == "-" else 1), self.expression(4))
+            return apply(operator.mul, constant(int(token + "1")), self.expression(4))
         if token[:1].isdigit() or token[:1] == ".":
             return constant(Fraction(token))
         if token in OPEN:
@@ -335,13 +357,17 @@ class Reader:
         raise ValueError("no expression")
 
 
+def joined(trees):
+    return trees[0] if len(trees) == 1 else Group(",", trees)
+
+
 def members(tree):
     return tree.items if tree[0] == "," else [tree]
 
 
 def related(sides, signs):
     """The tree of an equation; of an inequality, as the interval where it holds."""
-    names = [side.name if isinstance(side, Value) else "" for side in sides]
+    names = [getattr(side, "name", "") for side in sides]  # of variables, "" of other expressions
     if not signs:
         return sides[0]
     if set(signs) <= {">", ">="} or set(signs) == {"="} and names[-1] and not names[0]:  # 5 = x
@@ -369,9 +395,9 @@ def read(answer):
             trees += members(reader.listing())
             if reader.rest != [""]:
                 raise ValueError("more than an expression")
-        except (ValueError, ArithmeticError):
+        except (ValueError, ArithmeticError, RecursionError):
             return Group("".join(answer.split()).casefold(), [])
-    return trees[0] if len(trees) == 1 else Group(",", trees)
+    return joined(trees)
 
 
 # ---- Computing: at four points; at two of them half of the variables are negative ----------------
@@ -391,18 +417,21 @@ def apply(function, *values):
     if not all(isinstance(value, Value) for value in values):
         raise ValueError("a tuple, a list or an equation is no number")
     numbers = list(map(function, *[value.numbers for value in values]))
-    for k, number in enumerate(numbers):
-        if not isinstance(number, Rational):
-            if not cmath.isfinite(number):
-                raise ValueError("too large")
-        elif max(number.numerator.bit_length(), number.denominator.bit_length()) > BITS:
-            numbers[k] = complex(number)
+    if max(map(bits, numbers)) > BITS:
+        raise ValueError("too large")
     return Value(numbers)
+
+
+def bits(number):
+    """The size of an exact number; of a float, 0 where it is finite."""
+    if isinstance(number, Rational):
+        return max(number.numerator.bit_length(), number.denominator.bit_length())
+    return 0 if cmath.isfinite(number) else math.inf
 
 
 def power(base, exponent):
     if isinstance(base, Rational) and isinstance(exponent, Rational) and exponent.denominator == 1:
-        if abs(exponent) * max(base.numerator.bit_length(), base.denominator.bit_length()) <= BITS:
+        if abs(exponent) * bits(base) <= BITS:
             return Fraction(base) ** int(exponent)
     return complex(base) ** complex(exponent)
 
@@ -414,7 +443,7 @@ def factorial(n):
 
 
 def opaque(x, y):
-    """An operation of which nothing is known, but that it does not commute."""
+    """Of an operation such as A \\setminus B, nothing is known but that it does not commute."""
     return cmath.e * x * x + cmath.pi * y
 
 
@@ -426,13 +455,16 @@ FUNCTIONS = {"sin": cmath.sin, "cos": cmath.cos, "tan": cmath.tan, "abs": abs,
              "ln": cmath.log, "log": cmath.log10}
 CONSTANTS = {"pi": cmath.pi, "e": cmath.e, "i": 1j, "infty": INFINITY, "degree": cmath.pi / 180,
              "hundred": 100, "thousand": 1000, "million": 10 ** 6, "billion": 10 ** 9,
-             "trillion": 10 ** 12}
+             "trillion": 10 ** 12, "dozen": 12, "halves": Fraction(1, 2), "thirds": Fraction(1, 3),
+             "tenths": Fraction(1, 10), "hundredths": Fraction(1, 100),
+             "thousandths": Fraction(1, 1000)}
 OPERATORS = {"+": Operator(1, 1, operator.add), "-": Operator(1, 1, operator.sub),
              "*": Operator(2, 3, operator.mul), "/": Operator(2, 3, operator.truediv),
              "beside": Operator(3, 3, operator.mul),             # 1/2x is (1/2)x,
              "before a function": Operator(2, 3, operator.mul),  # and sin x cos y (sin x)(cos y)
              "^": Operator(6, 5, power), r"\of": Operator(8, 8, opaque),
-             **dict.fromkeys((":", r"\mid", r"\setminus", r"\cross"), Operator(1, 1, opaque))}
+             ":": Operator(1, 1, opaque), r"\mid": Operator(1, 1, opaque),
+             r"\setminus": Operator(1, 1, opaque), r"\cross": Operator(1, 1, opaque)}
 OPEN, CLOSE = ("(", "[", "{", r"\{"), (")", "]", "}", r"\}")
 
 
@@ -448,9 +480,8 @@ def is_correct(completion, answer, strict=False):
 
 
 def is_solved(text, problem):
-    """Whether a completion solves a problem: the one place that judges them, for the search, for
-    training and for scores. `problem` has every field of its data file, should a grader want more
-    than the answer."""
+    """Whether a completion solves a problem: the one place that judges, for search, training and
+    scores. `problem` has every field of its data file, should more than the answer count."""
     return is_correct(text, problem["answer"], strict=True)
 
 
@@ -462,7 +493,8 @@ def states_answer(step):
 def operators(answer):
     """How many operators and brackets are left to work out, those of numeric exponents apart."""
     value = re.sub(r"\^\{?[\d/]+\}?", "", answer.rpartition("=")[2])
-    return len(re.findall(r"[+*/]|(?<=[\w)}])\s*-|\\(?:frac|cdot|times|div)|(?<![a-z])\(", value))
+    found = re.findall(r"[+*/]|(?<=[\w)}])\s*-|\\(?:[dtc]?frac|cdot|times|div)|(?<![a-z])\(", value)
+    return len(found)
 
 
 def equal(gold, answer):
@@ -480,8 +512,9 @@ def equal(gold, answer):
     gold, answer = UNIT.sub("", gold), UNIT.sub("", answer)
     if bool(BASE.search(gold)) != bool(BASE.search(answer)):
         gold, answer = BASE.sub("", gold), BASE.sub("", answer)
-    has_percent = "%" in gold + answer and not gold.isdigit() and not answer.isdigit()
-    readings = ["", "/100"] if has_percent else [""]
+    readings = [""]  # of the percent sign
+    if "%" in gold + answer and not gold.isdigit() and not answer.isdigit():
+        readings.append("/100")
     try:
         return any(same(read(gold.replace("%", p)), read(answer.replace("%", p))) for p in readings)
     except OverflowError:  # an exact number too large to compare with a float

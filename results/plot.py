@@ -5,7 +5,7 @@ Draw the README's pictures from measured files. Needs matplotlib, which nothing 
     python results/plot.py run out/RUN [out/RUN ...]
     python results/plot.py sweep [--sweep results/sweep.jsonl]
 
-tree    results/tree.png
+tree    tree.png in this folder, or --out
 run     run.png in the run's folder, in the first one where several are compared
 sweep   sweep.png, sweep_table2.png, sweep_all.png, figure4.png and sweep.md, beside sweep.jsonl
 """
@@ -428,6 +428,7 @@ def main():
     add("--id", help="the problem; default the first")
     add("--sweep", default=os.path.join(HERE, "sweep.jsonl"),
         help="what sweep.py wrote; the pictures come beside it")
+    add("--out", default="tree.png", help="the picture of a tree; README's is results/tree.png")
     args = parser.parse_args()
     if args.what == "sweep":
         draw_sweep(args.sweep)
@@ -439,7 +440,7 @@ def main():
         trees = [tree for tree in read_trees(args.trees) if args.id in (None, tree.problem["id"])]
         if not trees:
             raise InputError(f"no problem of {args.trees} has the id {args.id}")
-        draw_tree(trees[0], os.path.join(HERE, "tree.png"))
+        draw_tree(trees[0], args.out)
 
 
 if __name__ == "__main__":
