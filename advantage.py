@@ -349,8 +349,9 @@ def metrics(a, group):
     triplets, too; adv_var_scaled, over the squared mean |a|, is free of the estimator's scale."""
     c = order_constraints(group.node, group.parent, group.solved)
     everything = order_constraints(group.node, group.parent, group.solved, False)
-    row = dict(reward=float(group.rewards.mean()), dead=float(np.ptp(group.rewards) == 0),
-               dropped=c.dropped, sat=satisfaction(a, c.rows), sat_pair=satisfaction(a, c.pair),
+    row = dict(reward=float(group.rewards.mean()), solved=float(group.solved.mean()),
+               dead=float(np.ptp(group.rewards) == 0), dropped=c.dropped,
+               sat=satisfaction(a, c.rows), sat_pair=satisfaction(a, c.pair),
                sat_triplet=satisfaction(a, c.triplet), sat_all=satisfaction(a, everything.rows))
     if not row["dead"]:
         row["adv_var"] = float(np.var(a))

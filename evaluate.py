@@ -254,7 +254,7 @@ def encoder(tokenizer, args):
 def encode(tokenizer, question, steps=(), instruction=None, template_kwargs=None):
     """[ids of the prompt, ids of each step]: joined, a prefix that opens the assistant's turn.
 
-    To try another prompt format, change this function.
+    To try another prompt format, change this function; the prompt must end where a step can begin.
     """
     if instruction is None and tokenizer.chat_template:
         instruction = INSTRUCTION
@@ -858,9 +858,14 @@ def work_settings(model, encode_prefix, args, names):
     """What the rows of a file of work depend on: these flags, the weights, and how prompts read."""
     settings = {name: getattr(args, name) for name in names}
     settings["weights"] = checksum(model.state_dict())
-    example = encode_prefix("1 + 1", ["1 + 1 = 2"])
-    settings["prompt"] = f"{crc32(json.dumps(example).encode()):08x}"
+    settings["prompt"] = prompt_checksum(encode_prefix)
     return settings
+
+
+def prompt_checksum(encode_prefix):
+    """crc32 of how a question and a step are encoded: another format is another policy."""
+    example = encode_prefix("1 + 1", ["1 + 1 = 2"])
+    return f"{crc32(json.dumps(example).encode()):08x}"
 
 
 def unfinished(path, parse, settings, problems, rank, world):

@@ -69,7 +69,8 @@ def path_to(nodes, node):
 
 
 def uct(child, parent, c):
-    """The child's mean reward, and a bonus for few visits (Kocsis and Szepesvari 2006)."""
+    """The child's mean reward, and a bonus for few visits (Kocsis and Szepesvari 2006). Searches by
+    another rule want another --out."""
     return child.value / child.visits + c * math.sqrt(math.log(parent.visits) / child.visits)
 
 

@@ -425,7 +425,9 @@ def make_batch(run, data, args):
         for sample in samples:
             sample.advantages = np.zeros(len(sample.completion_ids))
     if args.critic or args.reward != "task":  # the groups' advantages were not used
-        metrics = [dict(reward=group["reward"], dead=group["dead"]) for group in metrics]
+        for group in metrics:
+            for name in set(group) - {"reward", "solved", "dead"}:
+                del group[name]
     return samples, metrics, generated
 
 
@@ -653,6 +655,7 @@ def set_up(args, rank, world, device):
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=betas, weight_decay=0.0)
     with open(args.trees, "rb") as file:
         contents = {"base weights": base_weights, "trees": f"{crc32(file.read()):08x}"}
+    contents["prompts"] = evaluate.prompt_checksum(encode)
     if problems:
         contents["held-out problems"] = f"{crc32(json.dumps(problems).encode()):08x}"
     run = Run(models, tokenizer, optimizer, trainable, contents, args.micro_tokens, rank, world)
@@ -965,7 +968,8 @@ class Log:
                   f"{self.args.out}/rollouts.jsonl")
         if run.step % ROLLOUTS_EVERY == 1:
             for s in samples:
-                line = dict(step=run.step, group=s.group, node=s.node, reward=s.reward,
+                line = dict(step=run.step, group=s.group, node=s.node, solved=s.solved,
+                            reward=s.reward,
                             advantage=float(np.mean(s.advantages)), truncated=s.truncated,
                             prefix=run.tokenizer.decode(s.prefix_ids),
                             completion=run.tokenizer.decode(s.completion_ids))
@@ -979,7 +983,7 @@ class Log:
         cells = {"step": str(row["step"]), "done": f"{100 * min(done, 1):.0f}%"}
         for name, form in COLUMNS.items():
             if name in row:
-                cells[name] = format(row[name], form)
+                cells[name] = "-" if math.isnan(row[name]) else format(row[name], form)
         cells |= {"tok/s": f"{row['tokens_per_s']:.0f}", "ETA": f"{left // 60}:{left % 60:02d}"}
         lines = [cells.values()]
         if self.header_due:

@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.grade import extract_answer, is_correct, is_solved, states_answer
+from data.grade import extract_answer, is_gradable, is_solved, states_answer
 
 JOIN = "\n\n"  # between steps, and behind each step of a prefix
 BLANK_LINE = re.compile(r"\n[ \t\r]*\n")
@@ -181,6 +181,7 @@ def parse_problem(row, name=None):
         problem["answer"] = extract_answer(str(row["solution"]), strict=True)
     name = str(get_field(problem, "id", (str, int), "the problem's id"))
     question = get_field(problem, "question", str, "the text of the problem").strip()
+    problem.setdefault("answer", "")  # a grader of another kind may do without
     answer = str(get_field(problem, "answer", (str, int, float), "the final answer")).strip()
     if "####" in answer:  # GSM8K: the worked solution, then #### and the answer
         solution, _, answer = answer.rpartition("####")
@@ -189,10 +190,11 @@ def parse_problem(row, name=None):
     if "instance" in row and "template" not in row:  # GSM-Symbolic: instances of a template
         problem["template"] = name
         name = f"{name}-{row['instance']}"
-    if not name.strip() or not question or not is_correct(f"\\boxed{{{answer}}}", answer):
+    problem |= {"id": name, "question": question, "answer": answer}
+    if not name.strip() or not question or not is_gradable(problem):
         raise InputError(f"the answer {shorten(answer)} cannot be graded, or the question or the "
                          "id is blank; expected text, and a number, a formula or words")
-    return {**problem, "id": name, "question": question, "answer": answer}
+    return problem
 
 
 def read_problems(path, limit=0):

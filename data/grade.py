@@ -480,13 +480,21 @@ def is_correct(completion, answer, strict=False):
 
 
 def is_solved(text, problem):
-    """Whether a completion solves a problem: the one place that judges, for search, training and
-    scores. `problem` has every field of its data file, should more than the answer count."""
+    """Whether a completion solves a problem: what the search, training and scores ask.
+
+    problem   every field of its data file. A grader of another kind changes this function, and
+              the next two where its answers are no text.
+    """
     return is_correct(text, problem["answer"], strict=True)
 
 
+def is_gradable(problem):
+    """Whether a problem's own answer would be taken for right, were it given."""
+    return is_correct(f"\\boxed{{{problem['answer']}}}", problem["answer"])
+
+
 def states_answer(step):
-    """Whether a step announces an answer and states it: a heading alone is none."""
+    """Whether a step announces an answer and states it: a heading alone does not."""
     return extract_answer(step, strict=True) is not None
 
 
