@@ -535,7 +535,7 @@ def generate(model, tokenizer, prompts, max_new_tokens, temperature=1.0, seeds=N
     """Complete prompts: lists of ids in, lists of ids out, as sampled, end token kept.
 
     temperature     0 is greedy. No top-k, no top-p, no penalty.
-    seeds           one a prompt, each a tuple of ints; default the prompt's place
+    seeds           one a prompt, each the arguments of tree.rng; default the prompt's place
     stop_at_blank   True, or one flag a prompt: end with the first blank line after some text
     batch_size      how many completions are decoded side by side
     return_logps    return (completions, logps), the log-prob of each id at this temperature
@@ -544,7 +544,7 @@ def generate(model, tokenizer, prompts, max_new_tokens, temperature=1.0, seeds=N
     """
     if not all(prompts):
         raise ValueError("a prompt without tokens cannot be completed; expected at least one id")
-    seeds = seeds or [(k,) for k in range(len(prompts))]
+    seeds = seeds or [(0, k) for k in range(len(prompts))]
     stops = np.broadcast_to(stop_at_blank, len(prompts))
     order = list(chain(*shared_rows(prompts)))
 
@@ -719,7 +719,7 @@ def score(model, tokenizer, problems, max_new_tokens=512, samples=0, temperature
     seeds = []
     for problem, prompt in zip(problems, prompts):
         repeated += [prompt] * samples
-        seeds += [(seed, crc32(problem["id"].encode()), j) for j in range(samples)]
+        seeds += [(seed, problem["id"], j) for j in range(samples)]
     sampled = generate(model, tokenizer, repeated, max_new_tokens, temperature, seeds,
                        batch_size=batch_size)
     rows = []

@@ -3,7 +3,8 @@ The teacher's multi-turn Monte Carlo tree search over many problems at once (App
 
 A node is a reasoning step. One rollout of one problem:
 1. Select: from the question down, an unvisited child at random, else the child of the highest
-   UCT = value / visits + c sqrt(ln visits(parent) / visits). What is closed is skipped.
+   UCT = value / visits + c sqrt(ln visits(parent) / visits). The end of a solution may be selected
+   again, at no cost: its reward is backed up once more.
 2. Expand: sample up to `branch` next steps, each up to its blank line. Equal ones are merged.
 3. Simulate: from a new child to the end in one continuation. Its steps become nodes.
 4. Back up: a visit and the reward, 1 for the known answer, to every node of the path.
@@ -20,7 +21,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import count, islice
 from typing import Iterator, NamedTuple
-from zlib import crc32
 
 import torch.distributed as dist
 from tqdm import tqdm
@@ -45,7 +45,6 @@ class Node:
     reward: float = None     # of the last rollout whose last node this was
     rest: str = ""           # what that rollout wrote behind this step
     expanded: bool = False
-    closed: bool = False     # nothing new can be found here or below
     children: list = field(default_factory=list)
 
 
@@ -75,10 +74,11 @@ def uct(child, parent, c):
 
 
 def select(nodes, c, rng):
-    """The node to work on next: not visited, or not expanded, or without usable next steps."""
+    """The node to work on next: not visited, or not expanded, or an end without next steps. An end
+    may be selected again: its reward is backed up once more, as UCT has it."""
     node = 0
     while nodes[node].expanded and nodes[node].children:
-        children = [child for child in nodes[node].children if not nodes[child].closed]
+        children = nodes[node].children
         new = [child for child in children if nodes[child].visits == 0]
         if new:
             return int(rng.choice(new))
@@ -134,15 +134,11 @@ def simulate(nodes, node, grade, encode_step, max_depth):
     return node
 
 
-def back_up(nodes, node, reward, max_depth):
-    """Add the rollout to every node of its path, and close those that have nothing new."""
-    for k in reversed(path_to(nodes, node)):
-        at = nodes[k]
-        at.visits += 1
-        at.value += reward
-        at.closed = at.terminal or at.depth == max_depth
-        if at.expanded and at.children:
-            at.closed = all(nodes[child].closed for child in at.children)
+def back_up(nodes, node, reward):
+    """Add the rollout to every node of its path."""
+    for k in path_to(nodes, node):
+        nodes[k].visits += 1
+        nodes[k].value += reward
 
 
 def search(prompt_ids, encode_step, grade, rng, args):
@@ -151,16 +147,17 @@ def search(prompt_ids, encode_step, grade, rng, args):
     encode_step(step) gives its ids with the closing blank line, grade(solution) a reward, 0 to 1.
     """
     nodes = [Node(-1, "", prompt_ids, "", 0)]
-    while nodes[0].visits < args.rollouts and not nodes[0].closed:
+    for _ in range(args.rollouts):
         node = select(nodes, args.c_uct, rng)
-        met_before = nodes[node].visits > 0 or node == 0
-        if met_before and not nodes[node].expanded:
+        at = nodes[node]
+        met_before = at.visits > 0 or node == 0
+        if met_before and not (at.expanded or at.terminal or at.depth == args.max_depth):
             new = yield from expand(nodes, node, grade, encode_step, args.branch)
             if new:
                 node = int(rng.choice(new))
         if not nodes[node].terminal:
             node = yield from simulate(nodes, node, grade, encode_step, args.max_depth)
-        back_up(nodes, node, nodes[node].reward, args.max_depth)
+        back_up(nodes, node, nodes[node].reward)
     return nodes
 
 
@@ -180,10 +177,11 @@ def begin(problem, tokenizer, encode, args):
     def encode_step(step):
         return evaluate.encode_steps(tokenizer, [step])[0]
 
+    prompt_ids = encode(problem["question"])[0]
     grade = partial(is_solved, problem=problem)
-    key = (args.seed, crc32(problem["id"].encode()))
-    searching = search(encode(problem["question"])[0], encode_step, grade, tree.rng(*key), args)
-    seeds = ((*key, number) for number in count(1))  # (*key, 0) would be the selection's own
+    selection = tree.rng(args.seed, problem["id"], "selection")
+    searching = search(prompt_ids, encode_step, grade, selection, args)
+    seeds = ((args.seed, problem["id"], number) for number in count())
     return Active(problem, searching, next(searching), seeds)
 
 

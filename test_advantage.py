@@ -19,6 +19,7 @@ from advantage import (COMPARING, ESTIMATORS, Constraints, Group, NoSolution, ad
                        in_subtree, metrics, order_constraints, qp_hard, qp_soft, satisfaction)
 
 METHODS = list(COMPARING)
+WEIGHTED = ["opo", "optimal", "optimal_tree"]  # the only ones whose advantages are not centred
 PROGRAMS = ["qp_hard", "qp_hard_staged", "qp_soft"]
 properties = settings(deadline=None, max_examples=60, derandomize=True, database=None)
 
@@ -38,7 +39,8 @@ def random_group(seed, size=16, samples=16, shaped=False):
     while shaped and (np.ptp(rewards) == 0 or set(rewards) <= {0, 1}):
         rewards = rng.integers(-4, 9, samples) / 4
     return Group(rng.integers(0, size, samples), np.array(parent), rewards, solved,
-                 teacher=rng.random(size), mc=rng.random(size))
+                 teacher=rng.random(size), mc=rng.random(size),
+                 logps=-30 * rng.random(samples), lengths=rng.integers(1, 100, samples))
 
 seeds = st.integers(0, 10 ** 6)
 groups = st.builds(random_group, seeds, st.integers(6, 20), st.integers(4, 20))
@@ -112,7 +114,7 @@ def test_figure_5_has_one_pair_and_no_triplet():
     c = constraints_of(FIGURE_5)
     assert c.pair.tolist() == [[1, 4]]
     assert c.triplet.shape == (0, 2)
-    assert c.dropped == 0
+    assert c.dropped.shape == (0, 2)
 
 def test_worked_examples_in_docstrings_do_not_drift():
     result = doctest.testmod(advantage)
@@ -154,15 +156,11 @@ def test_constraints_match_the_obvious_triple_loop(group):
     """Duplicates count by node, S(p) by exact start, (i, j) once however many witnesses k has. A
     contradictory row is one whose reverse is there, too. Rewards do not matter."""
     pair, triplet = slow_constraints(group)
-    kept = [(i, j) for i, j in triplet if (j, i) not in triplet]
+    dropped = {(i, j) for i, j in triplet if (j, i) in triplet}
     c = constraints_of(group)
     assert list(map(tuple, c.pair)) == sorted(pair)
-    assert list(map(tuple, c.triplet)) == sorted(kept)
-    assert c.dropped == len(triplet) - len(kept)
-    everything = order_constraints(group.node, group.parent, group.solved,
-                                   drop_contradictions=False)
-    assert list(map(tuple, everything.triplet)) == sorted(triplet)
-    assert everything.dropped == 0
+    assert list(map(tuple, c.triplet)) == sorted(triplet - dropped)
+    assert list(map(tuple, c.dropped)) == sorted(dropped)
 
 @properties
 @given(groups)
@@ -195,9 +193,9 @@ def test_which_estimators_keep_which_constraints():
     assert len(triplet["flat"]) > 50
     for method in METHODS:
         assert np.mean(pair[method]) == 1, method
-    for method in ("expectation", "optimistic", "treerpo", *PROGRAMS):
+    for method in ("expectation", "optimistic", "treerpo", "optimal_tree", *PROGRAMS):
         assert np.mean(triplet[method]) == 1, method
-    for method in ("flat", "grpo", "pessimistic", "rloo", "v_sae"):
+    for method in ("flat", "grpo", "pessimistic", "rloo", "v_sae", "opo", "optimal"):
         assert np.mean(triplet[method]) == 0, method
     for method in ("loo", "treepo", "treerl", "mc", "teacher"):
         assert 0 < np.mean(triplet[method]) < 1, method
@@ -458,6 +456,123 @@ def test_lemma_3_2_the_expected_reward_minimises_the_variance():
         assert variance(p) <= variance(rng.random(3))
 
 
+# ---- The baseline that minimises the variance of the gradient -----------------------------------
+@properties
+@given(shaped_groups, st.sampled_from([0.3, 1.0]))
+def test_weighted_baselines_match_loops(group, alpha):
+    group = dataclasses.replace(group, alpha=alpha)
+    samples = range(len(group.node))
+
+    def weighted_mean(x, w, members):
+        return sum(w[j] * x[j] for j in members) / sum(w[j] for j in members)
+
+    surprisal = [0.001 - logp for logp in group.logps]
+    staged = []
+    for k in samples:
+        below = [j for j in samples if is_below(group.parent, group.node[j], group.node[k])]
+        V = weighted_mean(group.rewards, surprisal, below)
+        staged.append(group.rewards[k] - alpha * V)
+    opo = group.rewards - weighted_mean(group.rewards, group.lengths, samples)
+    optimal = group.rewards - weighted_mean(group.rewards, surprisal, samples)
+    optimal_tree = staged - weighted_mean(staged, surprisal, samples)
+    assert run("opo", group) == approx(opo, abs=1e-12)
+    assert run("optimal", group) == approx(optimal, abs=1e-12)
+    assert run("optimal_tree", group) == approx(optimal_tree, abs=1e-12)
+
+def test_weighted_baselines_by_hand():
+    """A fails, A-B succeeds, C fails, with surprisals of 1, 3, 2 and twice as many tokens. The
+    baseline is 3/6 in all. V is 3/4 at A, 1 at A-B and 0 at C."""
+    w = np.array([1, 3, 2])
+    group = Group(node=[1, 2, 3], parent=[-1, 0, 1, 0], rewards=[0, 1, 0], logps=1e-3 - w,
+                  lengths=2 * w, alpha=1)
+    assert run("opo", group) == approx(numbers("-1/2 1/2 -1/2"))
+    assert run("optimal", group) == approx(numbers("-1/2 1/2 -1/2"))
+    assert run("optimal_tree", group) == approx(numbers("-3/4 0 0") + 1 / 8)  # (3/4 1 + 0 + 0) / 6
+
+@properties
+@given(shaped_groups, st.floats(0.1, 10))
+def test_only_ratios_of_weights_matter(group, scale):
+    """Log-probs `scale` times as large change nothing, but for the small constant in w, and with
+    equal weights it is the mean: where all completions are certain, for instance."""
+    longer = dict(logps=1e-3 - scale * (1e-3 - group.logps), lengths=scale * group.lengths)
+    for method in WEIGHTED:
+        assert run(method, group, **longer) == approx(run(method, group), abs=1e-9)
+    equal = dict(logps=0 * group.logps, lengths=0 * group.lengths + 7)
+    assert run("opo", group, **equal) == approx(run("flat", group), abs=1e-12)
+    assert run("optimal", group, **equal) == approx(run("flat", group), abs=1e-12)
+    assert run("optimal_tree", group, **equal) == approx(run("expectation", group), abs=1e-12)
+
+@properties
+@given(shaped_groups)
+def test_weighted_baselines_are_centred_in_their_weights(group):
+    """sum w a = 0, and the own reward costs the factor 1 - w_k / sum w."""
+    weights = dict(opo=group.lengths, optimal=1e-3 - group.logps, optimal_tree=1e-3 - group.logps)
+    for method, w in weights.items():
+        assert w @ run(method, group) == approx(0, abs=1e-9)
+    for method in ("opo", "optimal"):
+        w = weights[method]
+        others = (w @ group.rewards - w * group.rewards) / (w.sum() - w)
+        expected = (1 - w / w.sum()) * (group.rewards - others)
+        assert run(method, group) == approx(expected, abs=1e-9)
+
+# A softmax policy over four actions: those that it rarely takes are the ones that fail.
+BANDIT_POLICY = np.array([0.6, 0.25, 0.1, 0.05])
+BANDIT_REWARD = np.array([1, 0.5, 0, -0.5])
+BANDIT_SCORE = np.eye(4) - BANDIT_POLICY  # [y, x]: d log pi(y) / d logit x
+BANDIT_NORM = (BANDIT_SCORE ** 2).sum(1)  # (4,) |grad log pi(y)|^2
+BANDIT_BEST = ((BANDIT_POLICY * BANDIT_NORM) @ BANDIT_REWARD) / (BANDIT_POLICY @ BANDIT_NORM)
+
+def bandit_variance(baseline):
+    """The trace of Var[(r - b) grad log pi], by enumeration, and the mean, (4,)."""
+    gradients = (BANDIT_REWARD - baseline)[:, None] * BANDIT_SCORE
+    mean = BANDIT_POLICY @ gradients
+    return BANDIT_POLICY @ (gradients ** 2).sum(1) - mean @ mean, mean
+
+def test_greensmith_baseline_minimises_the_variance_of_the_gradient():
+    """E[w r] / E[w] with w = |grad log pi|^2. Every baseline has the same mean, and the mean
+    reward, which minimises Var[r - b] (Lemma 3.2), is not the best one."""
+    least, gradient = bandit_variance(BANDIT_BEST)
+    for other in np.linspace(-1, 2, 301):
+        variance, mean = bandit_variance(other)
+        assert mean == approx(gradient, abs=1e-12)
+        assert variance == approx(least + BANDIT_POLICY @ BANDIT_NORM * (other - BANDIT_BEST) ** 2)
+    mean_reward = BANDIT_POLICY @ BANDIT_REWARD
+    assert BANDIT_BEST < mean_reward - 0.2
+    assert bandit_variance(mean_reward)[0] > 1.2 * least
+
+def test_baseline_of_optimal_converges_to_greensmiths():
+    """Where w is the squared norm. With the surprisal for w it comes nearer than the mean does."""
+    actions = np.random.default_rng(0).choice(4, size=100_000, p=BANDIT_POLICY)
+    rewards = BANDIT_REWARD[actions]
+
+    def baseline(method, **fields):
+        a, _ = advantages(method, np.zeros(len(actions), int), [-1], rewards, **fields)
+        return (rewards - a)[0]
+
+    assert baseline("optimal", logps=1e-3 - BANDIT_NORM[actions]) == approx(BANDIT_BEST, abs=0.01)
+    surprisal = baseline("optimal", logps=np.log(BANDIT_POLICY)[actions])
+    mean = baseline("flat")
+    assert abs(surprisal - BANDIT_BEST) < abs(mean - BANDIT_BEST)
+    assert bandit_variance(surprisal)[0] < bandit_variance(mean)[0]
+
+def test_optimal_makes_the_gradient_of_a_group_less_noisy_than_flat():
+    """Groups of 8, by Monte Carlo. The own reward shrinks both gradients, so the variance is
+    divided by what is left of the squared gradient."""
+    _, gradient = bandit_variance(0)
+    rng = np.random.default_rng(0)
+    noise = {}
+    for method in ("flat", "optimal"):
+        estimates = []
+        for _ in range(4000):
+            actions = rng.choice(4, size=8, p=BANDIT_POLICY)
+            logps = np.log(BANDIT_POLICY)[actions]
+            a, _ = advantages(method, [0] * 8, [-1], BANDIT_REWARD[actions], logps=logps)
+            estimates.append(a @ BANDIT_SCORE[actions] / 8)
+        along = np.mean(estimates, axis=0) @ gradient / np.linalg.norm(gradient)
+        noise[method] = np.var(estimates, axis=0).sum() / along ** 2
+    assert noise["optimal"] < 0.95 * noise["flat"]
+
+
 # ---- The programs, against an exact solution ----------------------------------------------------
 def project(target, rows, margins):
     """The point nearest to target (N,) with a_j - a_i >= margin in each row: least-distance
@@ -668,8 +783,9 @@ def test_the_programs_on_64_samples(shape):
     push = np.bincount(c.rows[:, 1], short, 64) - np.bincount(c.rows[:, 0], short, 64)
     assert a - centred(group.rewards) == approx(push, abs=1e-5)  # the gradient is 0
 
-ONE_ROW = Constraints(np.zeros((0, 2), int), np.array([[0, 1]]), 0)
-BOTH_WAYS = Constraints(np.zeros((0, 2), int), np.array([[0, 1], [1, 0]]), 0)
+NO_ROWS = np.zeros((0, 2), int)
+ONE_ROW = Constraints(pair=NO_ROWS, triplet=np.array([[0, 1]]), dropped=NO_ROWS)
+BOTH_WAYS = Constraints(pair=NO_ROWS, triplet=np.array([[0, 1], [1, 0]]), dropped=NO_ROWS)
 
 @pytest.mark.parametrize("rewards, constraints, margin", [
     ([0, 0, 1], BOTH_WAYS, 0.01),  # margins that contradict each other
@@ -758,11 +874,13 @@ def test_none_is_reinforce_without_a_baseline():
 def test_order_of_samples_and_names_of_nodes_do_not_matter(method, group, seed):
     rng = np.random.default_rng(seed)
     a = run(method, group)
-    assert abs(a.mean()) < 1e-12
+    if method not in WEIGHTED:
+        assert abs(a.mean()) < 1e-12
 
     order = rng.permutation(len(group.node))
     shuffled = run(method, group, node=group.node[order], rewards=group.rewards[order],
-                   solved=group.solved[order])
+                   solved=group.solved[order], logps=group.logps[order],
+                   lengths=group.lengths[order])
     assert shuffled == approx(a[order], abs=1e-6)
 
     old = [0]  # the old name of each new node: any order in which parents come first
@@ -796,6 +914,7 @@ def test_grpo_has_unit_variance_and_alpha_zero_is_flat(group):
                    "v_sae"):
         assert run(method, group, alpha=0) == approx(flat)
     assert run("qp_hard_staged", group, alpha=0) == approx(run("qp_hard", group))
+    assert run("optimal_tree", group, alpha=0) == approx(run("optimal", group))
 
 def test_arguments_are_left_alone():
     """What comes back may be changed by its owner, "none" and its rewards included."""
@@ -803,13 +922,16 @@ def test_arguments_are_left_alone():
     parent = np.array([-1, 0, 0, 1])
     rewards = np.array([0.0, 0.0, 1.0])
     values = np.array([0.1, 0.2, 0.3, 0.4])
+    logps = np.array([-1.0, -2.0, -3.0])
     for method in ESTIMATORS:
-        a, _ = advantages(method, node, parent, rewards, teacher=values, mc=values)
+        a, _ = advantages(method, node, parent, rewards, teacher=values, mc=values, logps=logps,
+                          lengths=-logps)
         a[:] = 9
     assert node.tolist() == [1, 2, 3]
     assert parent.tolist() == [-1, 0, 0, 1]
     assert rewards.tolist() == [0, 0, 1]
     assert values.tolist() == [0.1, 0.2, 0.3, 0.4]
+    assert logps.tolist() == [-1, -2, -3]
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_tree_of_20_000_nodes_costs_no_more_than_its_group(method):
@@ -819,7 +941,8 @@ def test_a_tree_of_20_000_nodes_costs_no_more_than_its_group(method):
     parent = np.maximum(np.arange(size) - 1 - rng.integers(0, 1000, size), 0)
     parent[0] = -1
     group = Group(rng.choice(size, 8, replace=False), parent, [0, 1, 0, 0, 1, 0, 1, 0],
-                  teacher=rng.random(size), mc=rng.random(size))
+                  teacher=rng.random(size), mc=rng.random(size), logps=-np.ones(8),
+                  lengths=np.ones(8))
     seconds = []
     for _ in range(5):
         start = time.perf_counter()
@@ -875,33 +998,30 @@ def test_a_fork_with_negative_rewards(monkeypatch):
     for method in METHODS:
         a = run(method, group)
         assert a[1] == a.max() > 0
-        assert abs(a.mean()) < 1e-12
     assert run("flat", group) == approx([-5 / 6, 7 / 6, -1 / 3])
 
-def test_a_fork_that_weighs_by_length(monkeypatch):
-    """OPO: the optimal baseline where a gradient's squared norm grows with the length of the
-    completion. Not centred afterwards."""
-    def opo(g):
-        return g.rewards - (g.lengths @ g.rewards) / g.lengths.sum()
+def test_a_fork_with_a_value_of_its_own(monkeypatch):
+    """The mean reward in the subtree of the parent, which is never of one sample alone. Here it is
+    1/3 at A and at C, below the question, and 1/2 at A-B, below A."""
+    def V_parent(g):
+        inside = in_subtree(g)[g.parent[g.node]]
+        return inside @ g.rewards / inside.sum(1)
 
-    monkeypatch.setitem(ESTIMATORS, "opo", opo)
-    a, _ = advantages("opo", rewards=[0, 1, 0], **FORK)
-    assert a == approx([-4 / 7, 3 / 7, -4 / 7])
-    assert a @ FORK["lengths"] == approx(0)
+    monkeypatch.setitem(ESTIMATORS, "parent", advantage.staged(V_parent))
+    a, _ = advantages("parent", rewards=[0, 1, 0], alpha=0.5, **FORK)
+    assert a == approx(centred(numbers("-1/6 3/4 -1/6")))
 
-def test_a_fork_that_weighs_by_log_probs(monkeypatch):
-    """Greensmith et al. 2004, whom Lemma 3.2 cites: b = E[r w] / E[w] minimises E[w (r - b)^2],
-    with the surprisal in place of the gradient's squared norm w."""
-    def optimal(g):
-        w = -g.logps
-        return g.rewards - w @ g.rewards / w.sum()
+def test_a_fork_with_an_entropy_bonus(monkeypatch):
+    """r - tau log pi, which the sampler's log-probs are there for: also where all rewards are
+    equal, since it is in ESTIMATORS only."""
+    def entropy(g):
+        return centred(g.rewards - 0.01 * g.needed("logps"))
 
-    monkeypatch.setitem(ESTIMATORS, "optimal", optimal)
-    a, _ = advantages("optimal", rewards=[0, 1, 0], **FORK)
-    assert a == approx([-0.5, 0.5, -0.5])
-    w = -np.array(FORK["logps"])
-    for other in (0.4, 0.6, 1 / 3):
-        assert w @ a ** 2 < w @ (np.array([0, 1, 0]) - other) ** 2
+    monkeypatch.setitem(ESTIMATORS, "entropy", entropy)
+    a, _ = advantages("entropy", rewards=[0, 1, 0], **FORK)
+    assert a == approx([-13 / 30, 23 / 30, -1 / 3])
+    a, _ = advantages("entropy", rewards=[0, 0, 0], **FORK)
+    assert a == approx([-0.1, 0.1, 0])
 
 def test_a_fork_whose_estimator_fails(monkeypatch):
     """Without a fallback of its own it is not replaced by another, and a nan is not trained on."""
@@ -941,6 +1061,12 @@ GOOD = dict(method="expectation", node=[1, 2, 3], parent=[-1, 0, 0, 1], rewards=
     (dict(lengths=[3]), r"lengths is \[3\], expected 3 numbers"),
     (dict(teacher=[0.5]), r"teacher is \[0.5\], expected 4 numbers"),
     (dict(method="mc", mc=[0, 1, 0, float("nan")]), r"mc returned .*nan.*, expected 3 finite"),
+    (dict(method="mc"), r"mc is None, expected an array"),
+    (dict(method="teacher"), r"teacher is None, expected an array"),
+    (dict(method="opo", logps=[-1, -2, -3]), r"lengths is None, expected an array"),
+    (dict(method="optimal", lengths=[1, 2, 3]), r"logps is None, expected an array"),
+    (dict(method="optimal_tree"), r"logps is None, expected an array"),
+    (dict(method="optimal", logps=[-1, -2, np.nan]), r"optimal returned .*nan.*, expected 3"),
     (dict(alpha=float("nan")), r"expectation returned .*nan.*, expected 3 finite numbers"),
 ])
 def test_wrong_input_is_named_with_its_value(bad, message):

@@ -367,7 +367,7 @@ def test_every_spelling_of_a_blank_line_ends_a_step(kind):
         steps = [tokenizer.decode(row[a:b]).strip() for a, b in zip(starts, [*starts[1:], None])]
         assert steps == ["1 + 2 = 3.", "So 12", "So 3"]
 
-    def draw(k):  # the model says what the script says
+    def draw(seed, k):  # the model says what the script says
         return SimpleNamespace(random=lambda length: scripts[k])
 
     def follow(logits, temperature, uniform):

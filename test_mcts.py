@@ -155,17 +155,19 @@ def test_visits_are_rollouts_and_value_is_their_reward(seed):
         steps = steps_to(nodes, k)
         visits[steps] += at.visits
         value[steps] += at.value
-    # Beside the continuations there are only rollouts to a node that ended the solution with a
-    # sampled step, once each.
+    # Beside the continuations there are only rollouts to the end of a solution. It was sampled as a
+    # step, or as the last of a continuation, whose reward is then backed up at each visit.
     counted_visits, counted_value = count_by_hand(asked, depth)
     for steps in counted_visits | visits:
         more_visits = visits[steps] - counted_visits[steps]
         more_value = value[steps] - counted_value[steps]
         assert 0 <= more_value <= more_visits
-        if steps[-1:] in ANSWERS:
-            assert more_visits <= 1
-            assert more_value == more_visits * (steps[-1] == RIGHT)
-    assert nodes[0].visits == rollouts or nodes[0].closed
+        if steps[-1:] in ANSWERS and counted_visits[steps] <= 1:
+            reward = steps[-1] == RIGHT
+            if counted_visits[steps] == 1:
+                reward = counted_value[steps]
+            assert value[steps] == visits[steps] * reward
+    assert nodes[0].visits == rollouts
     expanded = [steps for steps, one_step, _ in asked if one_step]
     assert len(set(expanded)) == len(expanded)
     assert all(len(steps) < depth for steps in expanded)
@@ -197,12 +199,11 @@ def node(parent, step="", depth=1, **fields):
 
 def test_uct_by_hand():
     """ln 10 = 2.3026. With c = 2, 5/6 + 2 sqrt(ln 10 / 6) = 2.072 and 1/3 + 2 sqrt(ln 10 / 3) =
-    2.086. With c = 1, 1.453 and 1.209. The closed one would win both."""
+    2.086. With c = 1, 1.453 and 1.209. The tenth rollout was cut, and is nowhere below."""
     rng = np.random.default_rng(0)
-    nodes = [node(-1, depth=0, visits=10, value=6.0, expanded=True, children=[1, 2, 3]),
+    nodes = [node(-1, depth=0, visits=10, value=6.0, expanded=True, children=[1, 2]),
              node(0, "a", visits=6, value=5.0),
-             node(0, "b", visits=3, value=1.0),
-             node(0, "c", visits=1, value=1.0, closed=True)]
+             node(0, "b", visits=3, value=1.0)]
     assert mcts.uct(nodes[1], nodes[0], 2.0) == pytest.approx(2.072, abs=5e-4)
     assert mcts.uct(nodes[2], nodes[0], 2.0) == pytest.approx(2.086, abs=5e-4)
     assert mcts.select(nodes, 2.0, rng) == 2
@@ -212,8 +213,8 @@ def test_uct_by_hand():
     nodes.append(node(2, "d", 2, visits=2, value=1.5))
     nodes.append(node(2, "e", 2, visits=1))
     nodes[2].expanded = True
-    nodes[2].children = [4, 5]
-    assert mcts.select(nodes, 2.0, rng) == 4
+    nodes[2].children = [3, 4]
+    assert mcts.select(nodes, 2.0, rng) == 3
 
 
 def test_unvisited_children_come_first_at_random():
@@ -260,19 +261,21 @@ def test_expansion_merges_equal_steps_and_drops_what_is_no_step():
 
 def test_below_the_last_level_the_rollout_runs_to_its_end():
     """At depth 5 the rollout was once cut, so that long solutions could not succeed; or its further
-    steps became nodes."""
-    policy = scripted({(): [step("a")], ("a",): [step("b")]}, {("a",): [end("b", "c", RIGHT)]})
-    nodes, _ = drive(policy, max_depth=2)
-    assert columns(nodes, "step", "visits", "value") == [("", 2, 2), ("a", 2, 2), ("b", 2, 2)]
+    steps became nodes. From the last level, which is not expanded, each rollout is a new one."""
+    policy = scripted({(): [step("a")], ("a",): [step("b")]},
+                      {("a",): [end("b", "c", RIGHT)], ("a", "b"): [end(WRONG), end("c", RIGHT)]})
+    nodes, asked = drive(policy, max_depth=2)
+    assert columns(nodes, "step", "visits", "value") == [("", 16, 9), ("a", 16, 9), ("b", 16, 9)]
+    assert [one_step for _, one_step, _ in asked] == [True, False, True] + [False] * 15
     row = mcts.to_row(PROBLEM, nodes, {})
     assert [at["reward"] for at in row["nodes"]] == [None, None, 1.0]
     assert [at.get("rest") for at in row["nodes"]] == [None, None, "c\n\n" + RIGHT]
 
 
 @pytest.mark.parametrize("depth", [3, 9])
-def test_a_small_world_is_searched_once_and_no_more(depth):
-    """Eight solutions, a hundred rollouts: ended ones and exhausted subtrees were drawn again and
-    again, and filled the statistics."""
+def test_a_small_world_is_sampled_once_and_no_more(depth):
+    """Eight solutions: ended ones and exhausted subtrees were sampled again and again. All rollouts
+    are used, and those that find nothing new go to the better ends."""
     next_steps = {(): [step("a"), step("b")]}
     continuations = {}
     for first in "ab":
@@ -281,12 +284,47 @@ def test_a_small_world_is_searched_once_and_no_more(depth):
         for second in "ab":
             next_steps[first, second] = [end(RIGHT), end(WRONG)]
             continuations[first, second] = [end(RIGHT)]
-    policy = scripted(next_steps, continuations)
-    nodes, _ = drive(policy, rollouts=100, max_depth=depth)
-    leaves = [at for at in nodes if at.depth == 3]
-    assert columns(leaves, "visits", "closed") == [(1, True)] * 8
-    assert nodes[0].visits == 8
-    assert nodes[0].value == 4
+    nodes, asked = drive(scripted(next_steps, continuations), rollouts=200, max_depth=depth)
+    more = drive(scripted(next_steps, continuations), rollouts=1000, max_depth=depth)
+    assert nodes[0].visits == 200 and more[0][0].visits == 1000
+    assert more[1] == asked
+    visits = Counter()
+    for at in nodes:
+        if at.depth == 3:
+            visits[at.step] += at.visits
+            assert at.visits >= 1
+    assert sum(visits.values()) == 200
+    assert nodes[0].value == visits[RIGHT] > visits[WRONG]
+
+
+def test_an_end_may_be_selected_again():
+    """At no cost: nothing more is asked for, and its reward is backed up once more. Found by hand:
+    1 + 2 sqrt(ln n / right) < 2 sqrt(ln n / wrong) at n = 5 and 10 visits, with c = 2."""
+    policy = scripted({(): [step(RIGHT), step(WRONG)]}, {})
+    nodes, asked = drive(policy)
+    assert len(asked) == 1
+    assert columns(nodes, "step", "visits", "value") == [("", 16, 13), (RIGHT, 13, 13),
+                                                         (WRONG, 3, 0)]
+
+
+@pytest.mark.parametrize("success", [0.3, 0.8])
+def test_the_roots_value_is_unbiased_where_each_rollout_is_a_new_sample(success):
+    """As where solutions are longer than max_depth: whichever prefix UCT prefers, the next rollout
+    from it succeeds with the same probability. (Where ends are selected again, or prefixes differ,
+    UCT's preference for the better ones and the merging of equal steps both move the mean.)"""
+    rng = np.random.default_rng(0)
+
+    def policy(prefix, one_step):
+        steps = rng.choice(["a", "b"], 4 - len(prefix)).tolist()
+        if one_step:
+            return step(steps[0])
+        return end(*steps, RIGHT if rng.random() < success else WRONG)
+
+    values = []
+    for seed in range(400):
+        nodes, _ = drive(policy, seed=seed, max_depth=3)
+        values.append(nodes[0].value / nodes[0].visits)
+    assert abs(np.mean(values) - success) < 3 * np.std(values) / len(values) ** 0.5
 
 
 def test_a_truncated_continuation_fails_and_its_cut_step_is_no_node():
@@ -304,8 +342,9 @@ def test_a_search_without_a_usable_step_uses_all_rollouts():
     nodes, asked = drive(lambda prefix, one_step: cut("endless"))
     assert columns(nodes, "step", "visits") == [("", 16)]
     assert [one_step for _, one_step, _ in asked] == [True] + [False] * 16
-    nodes, _ = drive(scripted({(): [cut("endless")]}, {(): [cut("endless"), end(RIGHT)]}))
-    assert columns(nodes, "step", "visits", "value") == [("", 2, 1), (RIGHT, 1, 1)]
+    nodes, asked = drive(scripted({(): [cut("endless")]}, {(): [cut("endless"), end(RIGHT)]}))
+    assert columns(nodes, "step", "visits", "value") == [("", 16, 15), (RIGHT, 15, 15)]
+    assert len(asked) == 3
 
 
 def test_a_step_may_end_one_solution_and_go_on_in_another():

@@ -219,9 +219,22 @@ def test_160_000_prefixes_and_trees_of_20_000_nodes(tmp_path):
 def test_draws_are_those_of_earlier_runs():
     """A run that is resumed, or repeated with a newer version, draws the same."""
     order = [tree.shuffled(place, 5, seed=3) for place in range(10)]
-    assert order == [0, 2, 3, 1, 4, 0, 3, 2, 1, 4]
-    assert sample_group(EXAMPLE, 4, "tree", tree.rng(0, 1)).tolist() == [5, 1, 4, 3]
-    assert sample_group(EXAMPLE, 4, "trace", tree.rng(0, 1)).tolist() == [4, 0, 3, 2]
+    assert order == [1, 3, 4, 2, 0, 0, 4, 3, 2, 1]
+    assert sample_group(EXAMPLE, 4, "tree", tree.rng(0, 1)).tolist() == [4, 5, 2, 1]
+    assert sample_group(EXAMPLE, 4, "trace", tree.rng(0, 1)).tolist() == [3, 4, 2, 0]
+
+
+def test_each_key_has_a_stream_of_its_own():
+    """numpy pads a seed with zeros: (a, b) and (a, b, 0) were one stream. A word is as good a key
+    as a number, and the same in every process."""
+    keys = [(0,), (0, 0), (0, 0, 0), (1,), (1, 0), (0, 1), (2, 1), (2, 1, 0), (2, 1, 0, 0), (1, 2),
+            (2, "pass"), (2, "pass", 0), (2, "group"), (2, "group", 0), (2, 0, "group"), (2, ""),
+            (2 ** 63, 1), (2, 2 ** 31), (2, "1")]
+    streams = {tuple(tree.rng(*key).integers(2 ** 62, size=2)) for key in keys}
+    assert len(streams) == len(keys)
+    assert all(tree.rng(*key).random() == tree.rng(*key).random() for key in keys)
+    code = "import tree; print(tree.rng(2, 'pass', 7).random())"
+    assert float(python("-c", code).stdout) == tree.rng(2, "pass", 7).random()
 
 
 @pytest.mark.parametrize("root", [True, False])
@@ -618,10 +631,10 @@ def test_the_command_merges_files_and_draws(tmp_path):
     two = write(tmp_path, trace("a", "c"), name="two.jsonl")
     done = run(one, two, "--out", out, "--show", "--id", "p", COLUMNS="60")
     assert done.returncode == 0
-    assert "│  a" in done.stdout and "1 problems, 2 distinct prefixes" in done.stdout
-    assert "0 trees have no prefix but the question" in done.stdout
+    assert "│  a" in done.stdout and "1 problems, 2 distinct prefixes, 2.0 a problem" in done.stdout
+    assert "0 have no prefix but the question" in done.stdout
     barren = write(tmp_path, search(node(-1)), search(node(-1), id="q"), name="barren")
-    assert "1 trees have no prefix but the question" in run(one, barren).stdout
+    assert "1 have no prefix but the question" in run(one, barren).stdout
     assert max(map(len, done.stdout.splitlines()[:3])) == 60
     assert prefixes(*read_trees(out)) == {(): (2, 1.0), ("a",): (2, 1.0)}
     assert run(out, "--show", PYTHONIOENCODING="ascii").returncode == 0
@@ -630,6 +643,25 @@ def test_the_command_merges_files_and_draws(tmp_path):
     assert run("--from_completions", sampled, "--out", out).returncode == 0
     assert prefixes(*read_trees(out)) == {(): (1, 1.0), ("x",): (1, 1.0)}
     assert "(default: None)" not in run("--help").stdout
+
+
+def test_what_a_run_has_to_work_with():
+    """A chain has no siblings, and a group of 8 on fewer prefixes repeats them: nobody said how
+    many there were. A level that no rollout went through has no success."""
+    wide = Tree(PROBLEM, [""] + [f"step {k}" for k in range(7)], [-1] + [0] * 7, [7] + [1] * 7,
+                [3.5] + [0.5] * 7)
+    chain = Tree(PROBLEM, ["", "a", "b"], [-1, 0, 1], [1, 1, 0], [1.0, 0.0, 0.0])
+    assert tree.summary([EXAMPLE, wide, chain, root_alone()]).splitlines() == [
+        "4 problems, 18 distinct prefixes, 4.5 a problem",
+        "50.0% of the trees are chains, without a branch",
+        "25.0% have 8 prefixes or more, enough for a group of 8",
+        "1 have no prefix but the question",
+        "depth   prefixes   teacher's success (of visits)",
+        "    0          4   50.0%",
+        "    1         10   46.9%",
+        "    2          2   80.0%",
+        "    3          2   40.0%"]
+    assert tree.summary([chain]).splitlines()[-1] == "    2          1   –"
 
 
 def test_a_wrong_out_destroys_nothing(tmp_path):

@@ -52,7 +52,7 @@ EXAMPLES = """examples:
   python train.py --group question --baseline grpo            GRPO, for comparison
   python train.py --objective sft --trees traces.jsonl        learn worked solutions by heart
   python train.py --teacher data/arithmetic/teacher --distill_coef 0.1        Tree-OPO + KL
-  python train.py --group question --reward teacher --teacher data/arithmetic/teacher --lr 5e-4
+  python train.py --group question --reward teacher --teacher data/arithmetic/teacher
                                                               REINFORCE with the teacher's reward
   torchrun --nproc_per_node 8 train.py --preset paper --trees out/gsm8k_trees.jsonl
 """
@@ -61,9 +61,9 @@ EXAMPLES = """examples:
 PRESETS = {
     "arithmetic": dict(  # the embedded default
         model="data/arithmetic/student", trees="data/arithmetic/trees.jsonl",
-        eval_data="data/arithmetic/test.jsonl", alpha=0.5, group_size=8, batch_size=32,
+        eval_data="data/arithmetic/val.jsonl", alpha=0.5, group_size=8, batch_size=32,
         temperature=1.0, max_prompt=256, max_new_tokens=96, lora_rank=16, lora_alpha=64.0,
-        lora_dropout=0.0, critic_warmup=5, lr=3e-4, steps=120, eval_every=40, save_every=20),
+        lora_dropout=0.0, critic_warmup=20, lr=5e-4, steps=120, eval_every=40, save_every=20),
     "paper": dict(  # Table 3; steps: two passes over GSM8K's 7,473 training problems, four a batch
         model="Qwen/Qwen2.5-1.5B-Instruct", trees="out/gsm8k_trees.jsonl",
         eval_data="data/gsm8k/test.jsonl", alpha=0.5, group_size=8, batch_size=32,
@@ -72,6 +72,7 @@ PRESETS = {
 }
 CLIP = 0.2             # how far the probability ratio may leave 1 where there are several epochs
 MAX_WEIGHT = 10.0      # largest importance weight of a teacher's completion (Sec. 3.1)
+DISTILL_LR = 5e-4      # in both presets the default where --reward is not the task's (Table 3)
 CRITIC_LR = 1e-3       # of all the critic's weights
 GAMMA = 0.95           # discount a reasoning step, of step rewards and in GAE (Table 3)
 WARMUP = 0.03          # share of the run in which the learning rate rises
@@ -133,12 +134,12 @@ def add_flags(parser):
     add("--behaviour", choices=("student", "teacher"), default="student",
         help="who writes the completions; the teacher's are weighted")
     add("--critic", help="a decoder; with a value head it replaces --baseline by GAE over steps")
-    preset("critic_warmup", whole, "steps in which the critic learns and the student does not")
+    preset("critic_warmup", whole, "passes over the first batch in which only the critic learns")
     add("--gae_lambda", type=share, default=0.95, help="1: REINFORCE with a baseline; 0: TD(0)")
     add = group("optimisation", "How long, how fast, and how often it reports.")
     preset("steps", count, "updates")
     add("--max_tokens", type=whole, default=0, help="end after so many generated tokens, not steps")
-    preset("lr", positive, "peak learning rate; cosine to 0 after a warm-up")
+    preset("lr", positive, f"its peak, before a cosine to 0; {DISTILL_LR} with another --reward")
     add("--seed", type=whole, default=0, help="of groups, completions and the fresh adapter")
     add("--micro_tokens", type=count, default=8192 if torch.cuda.is_available() else 1024,
         help="tokens a forward pass, padding included; does not change the objective")
@@ -154,7 +155,10 @@ def parse_args(argv=None):
                         help="defaults: (arithmetic | paper), the latter from the paper's Table 3")
     add_flags(parser)
     given = vars(parser.parse_args(argv))
-    args = argparse.Namespace(**{**PRESETS[given["preset"]], "baseline": "expectation", **given})
+    defaults = dict(PRESETS[given["preset"]], baseline="expectation")
+    if given["reward"] != "task":
+        defaults["lr"] = DISTILL_LR
+    args = argparse.Namespace(**{**defaults, **given})
     words = {word.split("=")[0] for word in (sys.argv[1:] if argv is None else argv)}
     check_flags(args, [name for name in given if f"--{name}" in words])
     method = args.baseline if args.reward == "task" else args.reward
@@ -287,14 +291,15 @@ def draw(run, trees, args):
     for g in range(groups):
         number = int(shuffled(run.step * groups + g, len(trees), args.seed))
         tree = trees[number]
-        nodes = sample_group(tree, args.group_size, args.group, rng(args.seed, run.step, g),
-                             root=not args.no_root).tolist()
+        draws = rng(args.seed, "group", run.step, g)
+        nodes = sample_group(tree, args.group_size, args.group, draws, not args.no_root).tolist()
         fresh = []
         if args.baseline == "mc":  # App. A.9
             fresh = np.repeat(np.unique(nodes), args.mc_rollouts).tolist()
         for k, node in enumerate(nodes + fresh):
             samples.append(Sample(g, node, tree.prefix_ids(node), tree=number,
-                                  fresh=k >= args.group_size, seed=(args.seed, run.step, g, k + 1)))
+                                  fresh=k >= args.group_size,
+                                  seed=(args.seed, "completion", run.step, g, k)))
     return samples
 
 
@@ -403,6 +408,14 @@ def credit_steps(samples, run, args, micro_tokens):
         sample.advantages = np.repeat(a, lengths)
 
 
+def share_credit(samples, run, args):
+    """`credit_steps` of all samples, each rank doing its part."""
+    mine = run.share(samples)
+    _, run.micro_tokens = evaluate.with_less_memory(
+        lambda micro_tokens: credit_steps(mine, run, args, micro_tokens), run.micro_tokens)
+    return list(chain(*gather(mine)))
+
+
 def make_batch(run, data, args):
     """All samples of one step, credited; the metrics of their groups; the tokens generated."""
     if args.objective == "sft":  # with advantage 1 the policy gradient is that of cross entropy
@@ -417,10 +430,7 @@ def make_batch(run, data, args):
     generated = sum(len(s.completion_ids) for s in samples)
     samples, metrics = compare_groups(samples, data, args)
     if args.critic or args.reward == "teacher":
-        mine = run.share(samples)
-        _, run.micro_tokens = evaluate.with_less_memory(
-            lambda micro_tokens: credit_steps(mine, run, args, micro_tokens), run.micro_tokens)
-        samples = list(chain(*gather(mine)))
+        samples = share_credit(samples, run, args)
     elif args.reward == "none":
         for sample in samples:
             sample.advantages = np.zeros(len(sample.completion_ids))
@@ -522,11 +532,11 @@ def accumulate(models, samples, scale, args, micro_tokens, warm_up=False):
     return stats
 
 
-def update(run, samples, args):
-    """`--epochs` steps of AdamW on the loss of the whole batch, this rank's samples being its part.
+def optimiser_step(run, samples, args, warm_up=False):
+    """One step of AdamW on the loss of the whole batch, this rank's samples being its part; with
+    warm_up, of the critic alone. Where the gradient is not finite, on whichever rank, all skip it.
 
-    A step whose gradient is not finite, on whichever rank, is skipped by all.
-    Returns accumulate's numbers of the first epoch, and what is to be logged of the whole update.
+    Returns accumulate's numbers, the gradient's norm, and whether the step was taken.
     """
     tokens = sum(len(s.completion_ids) for s in samples)
     steps = sum(len(s.steps or ()) for s in samples)
@@ -534,37 +544,51 @@ def update(run, samples, args):
     if args.objective == "sft":
         scale = Scale(1 / tokens)  # cross entropy is a mean over tokens
     mine = run.share(samples)
-    warm_up = bool(args.critic) and run.step < args.critic_warmup
-    dropout_seed = rng(args.seed, run.step, run.rank, 0, 2).integers(2 ** 63)
-    torch.manual_seed(int(dropout_seed))
+    torch.manual_seed(int(rng(args.seed, "dropout", run.step, run.rank).integers(2 ** 63)))
 
     def gradient(micro_tokens):
         run.optimizer.zero_grad()
         return accumulate(run.models, mine, scale, args, micro_tokens, warm_up)
 
-    first = None
-    row = dict(skipped=0, lr=args.lr * run.lr_share(args))
-    for _ in range(args.epochs):
-        lora_dropout(run.models.student, True)
-        stats, run.micro_tokens = evaluate.with_less_memory(gradient, run.micro_tokens)
-        lora_dropout(run.models.student, False)
-        groups = run.optimizer.param_groups  # the student's, the critic's
-        all_reduce_gradients(list(chain(*[group["params"] for group in groups])))
-        norms = [torch.nn.utils.clip_grad_norm_(g["params"], MAX_GRAD_NORM).item() for g in groups]
-        if all(map(math.isfinite, norms)):
-            for group in groups:
-                group["lr"] = group["peak_lr"] * run.lr_share(args)
-            if warm_up:  # the student waits, and so do its moments
-                for p in groups[0]["params"]:
-                    p.grad = None
-            run.optimizer.step()
-        else:
-            row["skipped"] += 1
-        if first is None:
-            first = stats
-            row["grad_norm"] = norms[0]
+    lora_dropout(run.models.student, True)
+    stats, run.micro_tokens = evaluate.with_less_memory(gradient, run.micro_tokens)
+    lora_dropout(run.models.student, False)
+    groups = run.optimizer.param_groups  # the student's, the critic's
+    all_reduce_gradients(list(chain(*[group["params"] for group in groups])))
+    norms = [torch.nn.utils.clip_grad_norm_(g["params"], MAX_GRAD_NORM).item() for g in groups]
+    is_finite = all(map(math.isfinite, norms))
+    if is_finite:
+        for group in groups:
+            group["lr"] = group["peak_lr"] * (1 if warm_up else run.lr_share(args))
+        if warm_up:  # the student waits, and so do its moments
+            for p in groups[0]["params"]:
+                p.grad = None
+        run.optimizer.step()
     run.optimizer.zero_grad()
-    return first, row
+    return stats, norms[0], is_finite
+
+
+def warm_up_critic(run, samples, args):
+    """Before the first update the critic alone learns the first batch, `--critic_warmup` times over
+    (Table 3: 20 epochs). Its targets, and in the end the advantages, are computed with each critic
+    anew. Returns the samples."""
+    for _ in range(args.critic_warmup):
+        optimiser_step(run, samples, args, warm_up=True)
+        samples = share_credit(samples, run, args)
+    return samples
+
+
+def update(run, samples, args):
+    """`--epochs` steps on the same batch. Returns accumulate's numbers of the first, and what is to
+    be logged of them all."""
+    skipped = 0
+    for epoch in range(args.epochs):
+        stats, norm, is_finite = optimiser_step(run, samples, args)
+        skipped += not is_finite
+        if epoch == 0:
+            first = stats
+            row = dict(lr=args.lr * run.lr_share(args), grad_norm=norm)
+    return first, row | dict(skipped=skipped)
 
 
 def lora_dropout(model, active):
@@ -609,6 +633,8 @@ def train(args):
         samples, metrics, generated = make_batch(run, data, args)
         sampled = time.monotonic()
         # 4. update
+        if args.critic and run.step == 0:
+            samples = warm_up_critic(run, samples, args)
         stats, row = update(run, samples, args)
         # 5. report
         row |= dict(seconds_rollout=sampled - begun, seconds_update=time.monotonic() - sampled)

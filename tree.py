@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
+from zlib import crc32
 
 import numpy as np
 
@@ -396,16 +397,16 @@ def tokenize(trees, encode, max_prompt):
 
 
 # ---- Groups --------------------------------------------------------------------------------------
-def rng(*key):
-    """The generator of every draw. As numpy takes the key (a, b, 0) for (a, b), keys of one script
-    differ in more than zeros at their ends."""
-    return np.random.default_rng(key)
+def rng(seed, *key):
+    """The generator of one draw: `key` says which, by words and numbers."""
+    key = [crc32(part.encode()) if isinstance(part, str) else part for part in key]
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=key))
 
 
 def shuffled(place, count, seed):
     """Which of `count` items comes at `place` in endless passes, each in an order of its own."""
     epoch, place = divmod(place, count)
-    return rng(seed, epoch, 0, 0, 1).permutation(count)[place]
+    return rng(seed, "pass", epoch).permutation(count)[place]
 
 
 def sample_group(tree, size, group, rng, root=True):
@@ -518,6 +519,27 @@ def show(tree, width):
     return "\n".join(lines)
 
 
+def summary(trees):
+    """What a run on these trees has to work with, as text."""
+    count = len(trees)
+    sizes = np.array([len(tree.parent) for tree in trees])
+    chains = [max(np.bincount(tree.parent[1:], minlength=1)) <= 1 for tree in trees]
+    lines = [f"{count} problems, {sizes.sum()} distinct prefixes, {sizes.mean():.1f} a problem",
+             f"{np.mean(chains):.1%} of the trees are chains, without a branch",
+             f"{np.mean(sizes >= 8):.1%} have 8 prefixes or more, enough for a group of 8",
+             f"{(sizes == 1).sum()} have no prefix but the question",
+             "depth   prefixes   teacher's success (of visits)"]
+    depth = np.concatenate([tree.depth() for tree in trees])
+    visits = np.bincount(depth, np.concatenate([tree.visits for tree in trees]))
+    value = np.bincount(depth, np.concatenate([tree.value for tree in trees]))
+    for d, prefixes in enumerate(np.bincount(depth)):
+        success = "–"
+        if visits[d] > 0:
+            success = f"{value[d] / visits[d]:.1%}"
+        lines.append(f"{d:5d} {prefixes:10d}   {success}")
+    return "\n".join(lines)
+
+
 def main():
     parser = arguments("Build prefix trees from searches and traces, and show them.")
     parser.add_argument("files", nargs="*", default=["data/arithmetic/trees.jsonl"],
@@ -545,9 +567,7 @@ def main():
         if not chosen:
             raise InputError(f"no problem has the id {shorten(args.id)}; expected another")
         print(show(chosen[0], shutil.get_terminal_size().columns), end="\n\n")
-    sizes = [len(tree.steps) for tree in trees]
-    print(f"{len(trees)} problems, {sum(sizes)} distinct prefixes")
-    print(f"{sizes.count(1)} trees have no prefix but the question")
+    print(summary(trees))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import urllib.request
+from dataclasses import dataclass
 from http.client import HTTPException
 from typing import NamedTuple, Sequence
 
@@ -142,17 +143,13 @@ PHRASES = [
     Phrase("finds {}", "+", range(2, 13), 2),
     Phrase("buys {}", "+", range(2, 13), 2),
     Phrase("gets {}", "+", range(2, 13), 2),
-    Phrase("makes {}", "+", range(2, 13), 2),
     Phrase("loses {}", "-", range(2, 13), 2),
     Phrase("eats {}", "-", range(2, 13), 2),
-    Phrase("sells {}", "-", range(2, 13), 2),
     Phrase("gives away {}", "-", range(2, 13), 2),
     Phrase("doubles them", "*", [2], 9, 0.6),
     Phrase("triples them", "*", [3], 6, 0.3),
-    Phrase("quadruples them", "*", [4], 4, 0.3),
-    Phrase("halves them", "/", [2], 14, 0.6),
-    Phrase("shares them among {}", "/", range(3, 6), 8, 0.3),
-    Phrase("keeps one in {}", "/", range(3, 6), 8, 0.3),
+    Phrase("halves them", "/", [2], 12, 0.6),
+    Phrase("keeps one in {}", "/", range(3, 6), 6, 0.3),
 ]
 WEIGHTS = [phrase.weight for phrase in PHRASES]
 SLIP = 0.05              # how often such a person's result is wrong by 1 or 10
@@ -165,10 +162,16 @@ class Action(NamedTuple):
     misread: float
 
 
+class Chain(NamedTuple):
+    """What one person has, and what happens to it."""
+    start: int
+    actions: list
+    end: int
+
+
 class Story(NamedTuple):
     question: str
-    start: int           # the first number
-    actions: list
+    chains: list         # of two or three persons, whose things are then put together
     answer: int
 
 
@@ -183,9 +186,9 @@ def apply(operation, number, operand):
     return number // operand
 
 
-def make_story(rng, length):
-    """A problem of `length` actions whose numbers stay whole, between 5 and 99."""
-    start = rng.randint(5, 40)
+def make_chain(rng, length):
+    """(Chain, its text) of `length` actions whose numbers stay whole, between 4 and 60."""
+    start = rng.randint(4, 30)
     number = start
     actions = []
     text = ""
@@ -197,31 +200,86 @@ def make_story(rng, length):
             continue     # "doubles them, halves them" teaches nothing
         if phrase.operation == "/" and number % operand:
             continue
-        if not 5 <= result <= 99:
+        if not 4 <= result <= 60:
             continue
         actions.append(Action(phrase.operation, operand, phrase.misread))
         text += ", " + phrase.text.format(operand)
         number = result
+    return Chain(start, actions, number), text
+
+
+def make_story(rng, steps):
+    """A problem of so many steps: the actions of two or three persons, and one sum less than that.
+
+    "Ava has 12 pens, doubles them. Ben has 9, loses 2. How many pens do they have together?"
+    """
+    persons = 2
+    if steps >= 5:
+        persons = rng.choice([2, 3])
+    lengths = [1] * persons
+    for _ in range(steps - (persons - 1) - persons):
+        lengths[rng.randrange(persons)] += 1
     thing = rng.choice(THINGS)
-    name = rng.choice(NAMES)
-    question = f"{name} has {start} {thing}{text}. How many {thing}?"
-    return Story(question, start, actions, number)
+    noun = f" {thing}"   # the first person has pens, the others have so many of them
+    chains = []
+    text = ""
+    for name, length in zip(rng.sample(NAMES, persons), lengths):
+        chain, happens = make_chain(rng, length)
+        chains.append(chain)
+        text += f"{name} has {chain.start}{noun}{happens}. "
+        noun = ""
+    question = f"{text}How many {thing} do they have together?"
+    return Story(question, chains, sum(chain.end for chain in chains))
 
 
-def solve(start, actions, rng=None):
-    """The steps of a solution; with rng, those of a person with misconceptions, who goes on
-    consistently after each mistake."""
-    number = start
+@dataclass(eq=False)     # two persons with equal amounts are two
+class Amount:
+    """What a solution knows of one person, or of several whose things were put together."""
+    number: int
+    actions: list        # that are still to happen
+
+
+def solve(chains, rng, misconceptions=False):
+    """The steps of a solution in some order. The next step is an action of one of the persons who
+    have any left, or the sum of two who have none; sums and products are written either way.
+
+        12 * 2 = 24        9 - 2 = 7        7 + 24 = 31        The answer is 31.
+
+    misconceptions   those of a person who misreads and slips, and goes on consistently
+    """
+    amounts = [Amount(chain.start, list(chain.actions)) for chain in chains]
     steps = []
-    for operation, operand, misread in actions:
-        if rng and rng.random() < misread:
-            operation = MISTAKEN_FOR[operation]
-        result = apply(operation, number, operand)
-        if rng and rng.random() < SLIP:
-            result = max(0, result + rng.choice([-10, -1, 1, 10]))
-        steps.append(f"{number} {operation} {operand} = {result}")
-        number = result
-    return [*steps, f"The answer is {number}."]
+    while len(amounts) > 1 or amounts[0].actions:
+        choices = [amount for amount in amounts if amount.actions]
+        ended = [amount for amount in amounts if not amount.actions]
+        amount = None
+        if choices and len(ended) > 1:
+            choices.append(None)
+        if choices:
+            amount = rng.choice(choices)
+        if amount is None:
+            amount, other = rng.sample(ended, 2)
+            amounts.remove(other)
+            action = Action("+", other.number, misread=0)
+        else:
+            action = amount.actions.pop(0)
+        steps.append(take_step(amount, action, rng, misconceptions))
+    return [*steps, f"The answer is {amounts[0].number}."]
+
+
+def take_step(amount, action, rng, misconceptions):
+    """Apply an action to an amount, and write that down."""
+    first = amount.number
+    operation = action.operation
+    second = action.operand
+    if misconceptions and rng.random() < action.misread:
+        operation = MISTAKEN_FOR[operation]
+    amount.number = apply(operation, first, second)
+    if misconceptions and rng.random() < SLIP:
+        amount.number = max(0, amount.number + rng.choice([-10, -1, 1, 10]))
+    if operation in "+*" and rng.random() < 0.5:
+        first, second = second, first
+    return f"{first} {operation} {second} = {amount.number}"
 
 
 def make_problems(name, count, low, high, traps, seed, seen):
@@ -234,7 +292,8 @@ def make_problems(name, count, low, high, traps, seed, seen):
     while len(rows) < count:
         length = rng.randint(low, high)
         story = make_story(rng, length)
-        mostly_misread = [action for action in story.actions if action.misread > 0.5]
+        actions = [action for chain in story.chains for action in chain.actions]
+        mostly_misread = [action for action in actions if action.misread > 0.5]
         if story.question not in seen and len(mostly_misread) >= traps:
             seen.add(story.question)
             rows.append({"id": f"{name}-{len(rows)}", "question": story.question,
@@ -243,15 +302,15 @@ def make_problems(name, count, low, high, traps, seed, seen):
 
 
 def make_traces(name, count, misconceptions, seed, seen):
-    """`count` solutions to pre-train on, a quarter of them of 6 to 8 steps."""
+    """`count` solutions to pre-train on, a third of them of 6 to 8 steps."""
     rng = random.Random(f"{name} {seed}")
     rows = []
     while len(rows) < count:
-        is_long = rng.random() < 0.25
-        length = rng.randint(6, 8) if is_long else rng.randint(2, 5)
+        is_long = rng.random() < 1 / 3
+        length = rng.randint(6, 8) if is_long else rng.randint(3, 5)
         story = make_story(rng, length)
         if story.question not in seen:
-            steps = solve(story.start, story.actions, rng if misconceptions else None)
+            steps = solve(story.chains, rng, misconceptions)
             is_right = steps[-1] == f"The answer is {story.answer}."
             rows.append({"id": f"{name}-{len(rows)}", "question": story.question,
                          "answer": str(story.answer), "steps": steps, "reward": int(is_right)})
@@ -261,12 +320,12 @@ def make_traces(name, count, misconceptions, seed, seen):
 # ---- The embedded world: models and trees --------------------------------------------------------
 def vocabulary():
     """The tokens of the embedded world: words and signs with their leading space, single digits."""
-    words = {"has", "How", "many", "answer", "is", *THINGS}
+    words = {"has", "How", "many", "do", "they", "have", "together", "answer", "is", *THINGS}
     for phrase in PHRASES:
         words.update(phrase.text.replace("{}", "").split())
     tokens = ["<pad>", "<eos>", "<unk>", "\n\n", "The", ".", ",", "?"]
     tokens += [f" {sign}" for sign in "+-*/="]
-    tokens += NAMES
+    tokens += [*NAMES, *(f" {name}" for name in NAMES), "How"]
     tokens += [f" {word}" for word in sorted(words)]
     tokens += list("0123456789")
     tokens += [f" {digit}" for digit in "0123456789"]
@@ -274,7 +333,7 @@ def vocabulary():
 
 
 def make_model(path, seed):
-    """A random Llama of 0.6 M parameters, and a word-level tokenizer that decodes what it encodes.
+    """A random Llama of 0.8 M parameters, and a word-level tokenizer that decodes what it encodes.
     """
     import torch
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -294,7 +353,7 @@ def make_model(path, seed):
     # A wide initialisation and fast rotations learn arithmetic several times sooner than the usual
     # 0.02 and 10,000.
     config = LlamaConfig(
-        vocab_size=len(tokens), hidden_size=128, intermediate_size=344, num_hidden_layers=3,
+        vocab_size=len(tokens), hidden_size=128, intermediate_size=344, num_hidden_layers=4,
         num_attention_heads=4, num_key_value_heads=4, initializer_range=0.06,
         rope_parameters={"rope_type": "default", "rope_theta": 500.0},
         max_position_embeddings=512, tie_word_embeddings=True,
@@ -303,7 +362,10 @@ def make_model(path, seed):
     tokenizer.save_pretrained(path)
 
 
-PROBLEMS = ["test.jsonl", "train.jsonl", "hard_test.jsonl", "hard_train.jsonl"]
+EASY = (3, 5, 0)  # fewest and most steps, and how many of them at least are mostly misread
+HARD = (6, 8, 3)
+PROBLEMS = ["train.jsonl", "val.jsonl", "test.jsonl", "hard_train.jsonl", "hard_val.jsonl",
+            "hard_test.jsonl"]
 TREES = ["trees.jsonl", "hard_trees.jsonl"]
 MODELS = ["teacher", "student"]
 MODEL_FILES = ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
@@ -336,27 +398,29 @@ def make_world(folder, seed):
     """All files of the embedded world, and those that they are made of, in a folder."""
     seen = set()
     problem_sets = {
-        "test": make_problems("test", 400, 2, 5, 0, seed, seen),
-        "train": make_problems("train", 2000, 2, 5, 0, seed, seen),
-        "hard_test": make_problems("hard_test", 400, 6, 8, 3, seed, seen),
-        "hard_train": make_problems("hard_train", 1000, 6, 8, 3, seed, seen),
-        "clean": make_traces("clean", 24000, False, seed, seen),
-        "noisy": make_traces("noisy", 12000, True, seed, seen),
+        "test": make_problems("test", 400, *EASY, seed, seen),
+        "val": make_problems("val", 200, *EASY, seed, seen),
+        "train": make_problems("train", 800, *EASY, seed, seen),
+        "hard_test": make_problems("hard_test", 400, *HARD, seed, seen),
+        "hard_val": make_problems("hard_val", 200, *HARD, seed, seen),
+        "hard_train": make_problems("hard_train", 250, *HARD, seed, seen),
+        "clean": make_traces("clean", 60_000, False, seed, seen),
+        "noisy": make_traces("noisy", 20_000, True, seed, seen),
     }
     for name, rows in problem_sets.items():
         tree.write_jsonl(f"{folder}/{name}.jsonl", rows)
     make_model(f"{folder}/init", seed)
     folder = shlex.quote(folder)
-    sft = (f"train.py --objective sft --lora_rank 0 --batch_size 16 --group_size 1 --eval_every 0 "
-           f"--save_every 0 --micro_tokens 8192 --seed {seed}")
+    sft = (f"train.py --objective sft --lora_rank 0 --group_size 1 --eval_every 0 --save_every 0 "
+           f"--micro_tokens 8192 --seed {seed}")
     search = f"mcts.py --model {folder}/teacher --max_new_tokens 128 --seed {seed}"
     commands = [
-        f"{sft} --model {folder}/init --trees {folder}/clean.jsonl --steps 1400 --lr 0.003 "
-        f"--out {folder}/teacher",
-        f"{sft} --model {folder}/teacher --trees {folder}/noisy.jsonl --steps 600 --lr 0.001 "
-        f"--out {folder}/student",
+        f"{sft} --model {folder}/init --trees {folder}/clean.jsonl --batch_size 32 --steps 2500 "
+        f"--lr 0.003 --out {folder}/teacher",
+        f"{sft} --model {folder}/teacher --trees {folder}/noisy.jsonl --batch_size 16 --steps 600 "
+        f"--lr 0.001 --out {folder}/student",
         f"{search} --data {folder}/train.jsonl --out {folder}/search.jsonl",
-        f"{search} --data {folder}/hard_train.jsonl --out {folder}/hard_search.jsonl",
+        f"{search} --data {folder}/hard_train.jsonl --max_depth 8 --out {folder}/hard_search.jsonl",
         f"tree.py {folder}/search.jsonl --out {folder}/trees.jsonl",
         f"tree.py {folder}/hard_search.jsonl --out {folder}/hard_trees.jsonl",
     ]

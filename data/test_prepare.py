@@ -2,6 +2,7 @@
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from unittest.mock import patch
@@ -9,7 +10,8 @@ from unittest.mock import patch
 import pytest
 
 import prepare
-from prepare import Published
+from grade import is_correct, states_answer
+from prepare import Action, Chain, Published
 from tree import InputError
 
 ROWS = ['{"question": "3 pens and 4?", "answer": "3+4=<<3+4=7>>7\\n#### 7"}',
@@ -124,21 +126,162 @@ def test_the_embedded_world_replaces_its_own_files(tmp_path):
     assert (tmp_path / "world/student/config.json").read_text() == "seed 1"
 
 
-def test_stories_are_solved_by_their_steps():
-    """The committed problems are these, and the clean solution of each ends in its answer."""
-    seen = set()
-    committed = read(os.path.join(prepare.HERE, "arithmetic", "test.jsonl"))
-    assert prepare.make_problems("test", 400, 2, 5, 0, 0, seen) == committed
-    rng = random.Random(0)
-    for length in range(2, 9):
-        story = prepare.make_story(rng, length)
-        steps = prepare.solve(story.start, story.actions)
-        assert len(steps) == length + 1
-        assert steps[-1] == f"The answer is {story.answer}."
-    traces = prepare.make_traces("noisy", 200, True, 0, seen)
-    assert 0.2 < sum(trace["reward"] for trace in traces) / len(traces) < 0.6
+# ---- The embedded world: its problems ------------------------------------------------------------
+VERBS = {"finds": "+", "buys": "+", "gets": "+", "loses": "-", "eats": "-", "gives": "-",
+         "doubles": "*", "triples": "*", "halves": "/", "keeps": "/"}
+OPERANDS = {"doubles": 2, "triples": 3, "halves": 2}
 
 
+def read_story(question):
+    """(steps, traps, answer) of a question, read from its words alone. All numbers are whole."""
+    *persons, asked = question.split(". ")
+    assert re.fullmatch("How many [a-z]+ do they have together[?]", asked)
+    steps = len(persons) - 1
+    traps = 0
+    answer = 0
+    for person in persons:
+        has, *happens = person.split(", ")
+        number = int(re.search("[0-9]+", has)[0])
+        for what in happens:
+            verb = what.split()[0]
+            operand = OPERANDS.get(verb) or int(re.search("[0-9]+", what)[0])
+            assert VERBS[verb] != "/" or number % operand == 0
+            number = prepare.apply(VERBS[verb], number, operand)
+            assert 4 <= number <= 60
+        steps += len(happens)
+        traps += what_is_misread(happens)
+        answer += number
+    return steps, traps, answer
+
+
+def what_is_misread(happens):
+    return happens.count("doubles them") + happens.count("halves them")
+
+
+def read_step(step):
+    """(first, sign, second, result) of a step."""
+    first, sign, second, result = re.fullmatch(
+        "([0-9]+) ([-+*/]) ([0-9]+) = ([0-9]+)", step).groups()
+    return int(first), sign, int(second), int(result)
+
+
+@pytest.mark.parametrize("low, high, traps", [prepare.EASY, prepare.HARD, (4, 4, 1)])
+def test_problems_are_as_they_were_ordered(low, high, traps):
+    """The answer is what the words say, by another reading than the one that made them."""
+    seen = {prepare.make_problems("p", 1, low, high, traps, 0, set())[0]["question"]}
+    rows = prepare.make_problems("p", 200, low, high, traps, 0, seen)
+    questions = [row["question"] for row in rows]
+    assert len(seen) == len({*questions}) + 1 == 201  # neither twice nor one that was seen
+    assert [row["id"] for row in rows] == [f"p-{k}" for k in range(200)]
+    for row in rows:
+        steps, misread, answer = read_story(row["question"])
+        assert row["steps"] == steps and row["answer"] == str(answer)
+        assert misread >= traps
+    assert {row["steps"] for row in rows} == {*range(low, high + 1)}
+    assert {len(question.split(". ")) - 1 for question in questions} <= {2, 3}
+
+
+def test_a_solution_takes_any_order():
+    """Each step is right and goes on from what is known, whichever comes next. No step but the last
+    bears the answer."""
+    orders = set()
+    story = prepare.make_story(random.Random(3), 7)
+    for seed in range(300):
+        steps = prepare.solve(story.chains, random.Random(seed))
+        orders.add(tuple(steps))
+        known = [chain.start for chain in story.chains]
+        for step in steps[:-1]:
+            first, sign, second, result = read_step(step)
+            assert prepare.apply(sign, first, second) == result
+            assert first in known or second in known
+            known.append(result)
+        assert len(steps) == 8 and steps[-1] == f"The answer is {story.answer}."
+        assert not any(map(states_answer, steps[:-1])) and states_answer(steps[-1])
+        assert is_correct("\n\n".join(steps), str(story.answer), strict=True)
+    assert len({steps[0] for steps in orders}) >= len(story.chains) and len(orders) > 100
+
+
+def test_equal_amounts_are_two():
+    """Their sum is twice the one, in whatever order."""
+    chains = [Chain(4, [Action("+", 2, 0)], 6), Chain(3, [Action("*", 2, 0)], 6), Chain(6, [], 6)]
+    for seed in range(50):
+        assert prepare.solve(chains, random.Random(seed))[-1] == "The answer is 18."
+
+
+MISREAD = Chain(12, [Action("*", 2, 1.0), Action("/", 3, 1.0), Action("-", 4, 0.0)], 4)
+READ = Chain(9, [Action("*", 3, 0.0)], 27)
+
+
+@pytest.mark.parametrize("slip", [0, 1])
+def test_who_misreads_goes_on_consistently(slip):
+    """* is taken for +, and / for -, where it may be; a slip is a result wrong by 1 or 10, but not
+    below 0. The answer is the last number."""
+    for seed in range(50):
+        with patch.object(prepare, "SLIP", slip):
+            steps = prepare.solve([MISREAD, READ], random.Random(seed), misconceptions=True)
+        signs = []
+        for step in steps[:-1]:
+            first, sign, second, result = read_step(step)
+            signs.append(sign)
+            right = prepare.apply(sign, first, second)
+            wrong = {max(0, right + error) for error in (-10, -1, 1, 10)}
+            assert result in (wrong if slip else {right})
+        assert sorted(signs) == ["*", "+", "+", "-", "-"]
+        assert steps[-1] == f"The answer is {result}."
+        assert slip or steps[-1] == "The answer is 34."  # 12 + 2 - 3 - 4 + 27
+
+
+def test_most_of_what_the_student_learns_is_wrong():
+    traces = prepare.make_traces("noisy", 400, True, 0, set())
+    assert 0.1 < sum(trace["reward"] for trace in traces) / len(traces) < 0.5
+    for trace in traces:
+        assert trace["reward"] == is_correct(trace["steps"][-1], trace["answer"])
+    clean = prepare.make_traces("clean", 400, False, 0, set())
+    assert all(trace["reward"] == 1 for trace in clean)
+    for trace in clean + traces:
+        steps, _, answer = read_story(trace["question"])
+        assert len(trace["steps"]) == steps + 1 and trace["answer"] == str(answer)
+
+
+def test_the_models_words_say_it_all(tmp_path):
+    """Questions and steps, right or wrong, are written with known tokens, and decode as they were.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+    prepare.make_model(f"{tmp_path}/model", 0)
+    tokenizer = AutoTokenizer.from_pretrained(f"{tmp_path}/model")
+    assert AutoConfig.from_pretrained(f"{tmp_path}/model").vocab_size == len(tokenizer)
+    assert os.path.getsize(f"{tmp_path}/model/model.safetensors") < 4 * 1.5e6  # bytes of float32
+    for trace in prepare.make_traces("noisy", 400, True, 1, set()):
+        for text in (trace["question"], "\n\n".join(trace["steps"]) + "\n\n"):
+            ids = tokenizer(text)["input_ids"]
+            assert tokenizer.unk_token_id not in ids and tokenizer.decode(ids) == text
+
+
+def test_no_embedded_problem_is_in_two_sets():
+    """Nor is there one whose answer is unreadable."""
+    folder = os.path.join(prepare.HERE, "arithmetic")
+    questions = []
+    for name in sorted(os.listdir(folder)):
+        if name.endswith(".jsonl") and "trees" not in name:
+            for row in read(f"{folder}/{name}"):
+                assert row["id"].startswith(name.removesuffix(".jsonl") + "-")
+                assert is_correct(f"\\boxed{{{row['answer']}}}", row["answer"])
+                questions.append(row["question"])
+    assert len({*questions}) == len(questions) > 1000
+
+
+def test_the_embedded_problems_are_what_the_seed_makes(tmp_path):
+    folder = os.path.join(prepare.HERE, "arithmetic")
+    done = subprocess.CompletedProcess([], 0)
+    with patch.object(prepare, "make_traces", return_value=[]), \
+            patch.object(prepare, "make_model"), \
+            patch.object(subprocess, "run", return_value=done):
+        prepare.make_world(str(tmp_path), 0)
+    for name in prepare.PROBLEMS:
+        assert read(f"{folder}/{name}") == read(tmp_path / name)
+
+
+# ---- The command ---------------------------------------------------------------------------------
 def test_the_command(tmp_path):
     source = write(tmp_path / "test.jsonl", "\n".join(ROWS))
     script = os.path.join(prepare.HERE, "prepare.py")

@@ -1,76 +1,66 @@
 """
-Draw the README's pictures from measured files. Needs matplotlib, which nothing else here does.
+Write down what was measured: pictures, tables and conclusions. Pictures need matplotlib, which
+nothing else here does.
 
-    python results/plot.py tree [--trees data/arithmetic/trees.jsonl] [--id train-12]
+    python results/plot.py tree [--trees data/arithmetic/trees.jsonl] [--id train-702]
     python results/plot.py run out/RUN [out/RUN ...]
-    python results/plot.py sweep [--sweep results/sweep.jsonl]
+    python results/plot.py sweep [--sweep results/sweep.jsonl] [--readme README.md]
 
 tree    tree.png in this folder, or --out
 run     run.png in the run's folder, in the first one where several are compared
-sweep   sweep.png, sweep_table2.png, sweep_all.png, figure4.png and sweep.md, beside sweep.jsonl
+sweep   sweep.md, sweep.png and curves.png beside sweep.jsonl; gradients.md and gradients.png, where
+        gradients.jsonl is there; and in --readme what stands between the two markers
 """
+import json
 import os
 import sys
+from itertools import product
+from pathlib import Path
+from typing import NamedTuple
 
-import matplotlib
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.ticker import LogLocator, NullLocator
 from scipy import stats
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path.insert(0, os.path.dirname(HERE))
+sys.path[:0] = [HERE, os.path.dirname(HERE)]
+from sweep import (BEYOND, PLANNED_ROWS, RATES, ROWS, SETS, UPDATES_ROWS,  # noqa: E402
+                   chosen_rate, first_lines, parse_line, rate_scores)
 from tree import InputError, arguments, read_jsonl, read_trees, run_command  # noqa: E402
 
-YELLOW_TO_GREEN = plt.get_cmap("summer_r")
-SETS = {"easy": "easy: 2 to 5 steps", "hard": "hard: 6 to 8 steps, sparse reward"}
-# Rows of sweep.jsonl: their names in the paper, and colours that the colour-blind tell apart
-# (Okabe and Ito).
-TABLE_1 = {
-    "grpo": ("GRPO, questions", "#000000"),
-    "flat": ("flat", "#56B4E9"),
-    "trace": ("trace", "#009E73"),
-    "expectation": ("Tree-OPO, expectation", "#D55E00"),
-    "optimistic": ("optimistic", "#E69F00"),
-    "pessimistic": ("pessimistic", "#CC79A7"),
-    "qp_hard": ("QP, hard", "#0072B2"),
-}
-TABLE_2 = {
-    "reinforce_kl": ("REINFORCE KL", "#0072B2"),
-    "reinforce_kl_baseline": ("REINFORCE KL + baseline", "#56B4E9"),
-    "actor_critic": ("actor-critic", "#009E73"),
-    "mcts_reinforce": ("MCTS-driven REINFORCE", "#CC79A7"),
-    "gkd": ("GKD", "#E69F00"),
-    "tree_opo_kl": ("Tree-OPO + KL", "#000000"),
-    "off_policy": ("off-policy, teacher samples", "#888888"),
-}
-FURTHER = {
-    "qp_soft": "QP, soft",
-    "mc": "V by fresh rollouts",
-    "loo": "V without own reward",
-    "teacher": "V of the search",
-    "grpo_clipped": "GRPO, two clipped epochs, KL",
-    "tree_opo_clipped": "Tree-OPO, two clipped epochs, KL",
-    "rloo": "RLOO, questions",
-    "treepo": "TreePO",
-    "treerl": "TreeRL",
-    "treerpo": "TreeRPO",
-    "ema": "V by moving average",
-    "shrink": "V shrunk",
-}
-LABELS = {row: label for row, (label, _) in (TABLE_1 | TABLE_2).items()} | FURTHER
-COLOURS = {"Table 1": "#0072B2", "Table 2": "#D55E00", "further": "#009E73"}
-HEADER = ("row", "in sweep.py", "seeds", "greedy, %", "one more run", "sampled, %",
-          "against GRPO, points", "against expectation, points", "constraints satisfied, %",
-          "variance of advantages", "peak memory, MB", "seconds")
-FOOTER = """
-Accuracy: mean and half-width of its 95 % t-interval over seeds; one more run, with another seed, \
-falls within the half-width beside it. Differences: greedy accuracy, paired by seed, t-test; the \
-p-values are not
-corrected for the number of rows. Constraints: mean ± standard deviation over groups. Memory and \
-seconds: mean over seeds, training alone.
-"""
+PLANNED = [  # comparisons named before the runs were made; each on both sets, in both METRICS
+    ("expectation", "grpo"), ("optimal", "expectation"), ("optimal", "optimal_question"),
+    ("expectation", "flat"), ("expectation", "optimistic"), ("expectation", "pessimistic"),
+    ("expectation", "qp_hard"), ("tree_opo_kl", "expectation"), ("gkd", "optimal")]
+METRICS = {"greedy": "#0072B2", "mean@16": "#D55E00"}  # and their colours
+ROW_COLOURS = dict(zip(PLANNED_ROWS, [  # told apart by the colour-blind (Okabe and Ito)
+    "#000000", "#D55E00", "#0072B2", "#0072B2", "#56B4E9", "#E69F00", "#CC79A7", "#009E73",
+    "#8B4513", "#888888"]))
+SCORES = [*METRICS, "pass@16"]  # shares, given in percent
+FIGURES = {  # of a line of the log: title and form of their mean over seeds
+    "lr": ("learning rate", "g"), "updates": ("updates", ".0f"), "tokens": ("tokens", ".0f"),
+    "search": ("search", ".0f"), "entropy": ("entropy", ".3f"), "sat": ("constraints", ".1%"),
+    "sat_triplet": ("triplets", ".1%"), "adv_var": ("variance", ".3f")}
+BEGIN = "<!-- results -->"
+END = "<!-- end of results -->"
+RULE = """A row is "ahead" where the Holm-corrected p of the paired t-test over seeds is below \
+0.05, "probably ahead" where only the difference's own 95 % interval excludes 0; else the two are \
+"not told apart". All planned comparisons are one family of tests. Brackets are 95 % intervals."""
+MARKS = {"ahead": "**", "probably ahead": "*", "not told apart": ""}
+SHORT_RULE = """The planned comparisons, in points, with 95 % intervals. Bold: a Holm-corrected p \
+of the paired t-test over seeds below 0.05, all 36 tests being one family. Italic: only the interval \
+excludes 0. Else the two are not told apart."""
+NOTES = """Accuracies in %, on test: mean and 95 % t-interval over seeds. Entropy: mean of -log p \
+of the sampled tokens in a run's last tenth, on the prefixes that the row trains on. Tokens: \
+generated by the student. Search: generated by the teacher for the tree of one problem; a run of U \
+updates meets 4 U problems."""
+
+
+def subplots(*shape, **settings):
+    """matplotlib's, drawn to files alone."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    return plt.subplots(*shape, **settings)
 
 
 # ---- One tree, one run ---------------------------------------------------------------------------
@@ -103,7 +93,9 @@ def draw_tree(tree, path):
     depth = tree.depth()
     deepest = depth.max()
     height, leaves = lay_out(tree)
-    figure, axes = plt.subplots(figsize=(11, 0.8 + 0.42 * leaves))
+    figure, axes = subplots(figsize=(11, 0.8 + 0.42 * leaves))
+    from matplotlib import colormaps
+    yellow_to_green = colormaps["summer_r"]
     for node, parent in enumerate(tree.parent):
         if parent >= 0:
             axes.plot([depth[parent], depth[node]], [height[parent], height[node]],
@@ -111,7 +103,7 @@ def draw_tree(tree, path):
     for node, visits in enumerate(tree.visits):
         rate = 100 * tree.value[node] / max(visits, 1)
         box = dict(boxstyle="round,pad=0.35", edgecolor="0.4", linewidth=0.6,
-                   facecolor=YELLOW_TO_GREEN(depth[node] / max(deepest, 1)))
+                   facecolor=yellow_to_green(depth[node] / max(deepest, 1)))
         axes.text(depth[node], height[node], f"{tree.steps[node] or 'Q'}\n{rate:.0f} % of {visits}",
                   ha="center", va="center", fontsize=7.5, zorder=2, bbox=box)
     problem = tree.problem
@@ -124,7 +116,7 @@ def draw_tree(tree, path):
 
 def draw_runs(folders, path):
     """Reward of the rollouts and held-out accuracy of runs, over steps."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2))
+    figure, (left, right) = subplots(1, 2, figsize=(9, 3.2))
     for folder in folders:
         log = list(read_jsonl(os.path.join(folder, "log.jsonl"), lambda row, number: row))
         name = os.path.basename(os.path.normpath(folder))
@@ -135,84 +127,219 @@ def draw_runs(folders, path):
         if steps:
             reward = [row["reward"] for row in steps]
             smooth = np.convolve(reward, np.ones(width) / width, "valid")
-            left.plot([row["step"] for row in steps[width - 1:]], smooth, label=name)
-        else:
-            left.plot([], [], label=name)
-        right.plot([row["step"] for row in scores],
-                   [100 * row["eval_accuracy"] for row in scores], marker="o")
-    left.set(xlabel="step", ylabel="reward of rollouts (mean of 10 steps)")
-    right.set(xlabel="step", ylabel="held-out greedy accuracy, %", ylim=(0, 100))
-    left.legend(fontsize=7)
-    left.grid(alpha=0.3)
-    right.grid(alpha=0.3)
+            left.plot([row["step"] for row in steps[width - 1:]], smooth)
+        accuracy = [100 * row["eval_accuracy"] for row in scores]
+        right.plot([row["step"] for row in scores], accuracy, marker="o", label=name)
+    tidy(left, xlabel="step", ylabel="reward of rollouts (mean of 10 steps)")
+    tidy(right, xlabel="step", ylabel="held-out greedy accuracy, %", ylim=(0, 100))
+    right.legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(path, dpi=130)
 
 
-# ---- The sweep: figures over seeds ---------------------------------------------------------------
+# ---- The sweep: figures over seeds. finished is {Job: its line of sweep.jsonl}. ------------------
 def read_sweep(path):
-    """(set, row) -> {seed: the run's line}; of two lines on one run the later holds."""
-    runs = {}
-    for run in read_jsonl(path, lambda row, number: row):
-        runs.setdefault((run["set"], run["row"]), {})[run["seed"]] = run
-    return runs
+    """The log, and to each line "search": the tokens of the teacher's search a problem, from
+    search.json beside it; 0 for the rows on questions that do without."""
+    finished = first_lines(read_jsonl(path, parse_line))
+    search = {}
+    beside = Path(path).with_name("search.json")
+    if beside.exists():
+        search = json.loads(beside.read_text("utf-8"))
+    for job, line in finished.items():
+        line["search"] = search.get(job.set)
+        if "--group question" in ROWS[job.row] and job.row != "mcts_reinforce":
+            line["search"] = 0
+    return finished
 
 
-def interval(values, one_more=False):
-    """Mean and half-width of its 95 % t-interval, the seeds being the sample; with `one_more` the
-    half-width of where one more seed falls. nan where there are too few values."""
-    values = np.array([value for value in values if value is not None], float)
-    if len(values) == 0:
-        return np.nan, np.nan
-    if len(values) == 1:
-        return values[0], np.nan
-    spread = 1 / len(values) + one_more
-    t = stats.t.ppf(0.975, len(values) - 1)
-    return values.mean(), t * values.std(ddof=1) * np.sqrt(spread)
+def runs_of(finished, name, row, stage="final"):
+    """{seed: the line} of a row on a set, at the rate that was chosen for it."""
+    chosen = (name, row, stage, chosen_rate(rate_scores(finished, name, row)))
+    return {job.seed: line for job, line in finished.items() if job[:4] == chosen}
 
 
-def over_seeds(curves, points=60):
-    """Curves [(x, y), ...], one a seed, on one grid: x, mean and half-width of the 95 % interval,
-    (points,) each. Pairs whose y is None are left out; None where no pair is left."""
-    kept = []
-    for curve in curves:
-        pairs = np.array([(x, y) for x, y in curve if y is not None], float)
-        if len(pairs):
-            kept.append(pairs)
-    if not kept:
-        return None
-    start = max(pairs[0, 0] for pairs in kept)
-    end = min(pairs[-1, 0] for pairs in kept)
-    x = np.linspace(start, end, points)
-    on_grid = np.array([np.interp(x, *pairs.T) for pairs in kept])  # (seeds, points)
-    mean, half = np.transpose([interval(column) for column in on_grid.T])
-    return x, mean, half
+def points(runs, metric):
+    """{seed: a score in percent}."""
+    return {seed: 100 * line["scores"][metric] for seed, line in runs.items()}
 
 
-def percent(seeds, key):
-    """A share of every seed's run, in percent."""
-    return [100 * run[key] for run in seeds.values()]
+def interval(values):
+    """Mean of a sample and the half-width of its 95 % t-interval; nan where it is too small."""
+    values = np.array(values, float)
+    if len(values) < 2:
+        return values.sum() if len(values) else np.nan, np.nan
+    return values.mean(), stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
+
+
+def holm(p_values):
+    """Holm's correction (1979): the k-th smallest of m p-values times m - k + 1, never falling with
+    k, at most 1.
+
+    >>> holm([0.01, 0.04, 0.03])
+    [0.03, 0.06, 0.06]
+    """
+    m = len(p_values)
+    corrected = [1.0] * m
+    largest = 0.0
+    for place, k in enumerate(np.argsort(p_values, kind="stable")):
+        largest = max(largest, (m - place) * p_values[k])
+        corrected[k] = min(1.0, largest)
+    return corrected
+
+
+class Comparison(NamedTuple):
+    """A planned comparison on one set in one metric, paired by seed."""
+    first: str
+    second: str
+    set: str
+    metric: str
+    seeds: int
+    difference: float  # first minus second, points
+    half: float        # of its 95 % t-interval; nan where there are no two seeds
+    p: float           # of the paired t-test
+    holm: float = 1.0  # the same, Holm-corrected
+
+    def strength(self):
+        """Of the evidence that the two differ."""
+        if self.holm < 0.05:
+            return "ahead"
+        if abs(self.difference) > self.half:  # never where that is nan
+            return "probably ahead"
+        return "not told apart"
+
+    def verdict(self):
+        """The same words for the same strength of evidence."""
+        rows = [self.first, self.second]
+        strength = self.strength()
+        if self.seeds < 2:
+            return f"{self.first} and {self.second} are not measured"
+        if strength == "not told apart":
+            return f"{self.first} and {self.second} are not told apart"
+        if self.difference < 0:
+            rows.reverse()
+        return f"{rows[0]} is {strength} of {rows[1]}"
+
+    def span(self):
+        """Difference and interval, as text."""
+        if self.seeds < 2:
+            return "–"
+        low = self.difference - self.half
+        high = self.difference + self.half
+        return f"{self.difference:+.1f} [{low:+.1f}, {high:+.1f}]"
+
+    def sentence(self):
+        """What was found, for the conclusions."""
+        return (f"On {self.set} in {self.metric}, {self.verdict()}: {self.first} minus "
+                f"{self.second} is {self.span()} points.")
+
+
+def compare(finished, first, second, name, metric):
+    """One Comparison, before Holm's correction. What is not measured has p = 1."""
+    a = points(runs_of(finished, name, first), metric)
+    b = points(runs_of(finished, name, second), metric)
+    seeds = sorted(a.keys() & b.keys())
+    differences = [a[seed] - b[seed] for seed in seeds]
+    p = 1.0
+    if len(seeds) > 1 and np.ptp(differences) > 0:
+        p = stats.ttest_1samp(differences, 0).pvalue  # the t-test of pairs
+    return Comparison(first, second, name, metric, len(seeds), *interval(differences), float(p))
+
+
+def compare_planned(finished):
+    """Every planned comparison, corrected as one family: [Comparison]."""
+    found = []
+    for (first, second), name, metric in product(PLANNED, SETS, METRICS):
+        found.append(compare(finished, first, second, name, metric))
+    corrected = holm([one.p for one in found])
+    return [one._replace(holm=p) for one, p in zip(found, corrected)]
+
+
+# ---- The sweep: tables and sentences -------------------------------------------------------------
+def cell(runs, key):
+    """A figure of a row's runs, as text: the mean over seeds, of a score with its interval."""
+    if key == "seeds":
+        return str(len(runs))
+    values = []
+    for line in runs.values():
+        figures = line | line["means"] | line["scores"]
+        if figures[key] is not None:
+            values.append(figures[key])
+    mean, half = interval(values)
+    if np.isnan(mean):
+        return "–"
+    if key in SCORES:
+        return f"{100 * mean:.1f} ± {100 * half:.1f}"
+    return format(mean, FIGURES[key][1])
+
+
+def markdown(header, rows):
+    """A table as lines."""
+    lines = [header, ["---"] * len(header), *rows]
+    return [f"| {' | '.join(line)} |" for line in lines] + [""]
+
+
+def table(finished, rows, keys, sets=SETS, stage="final"):
+    """A line for each row that was run; for each set the figures `keys`."""
+    header = ["row"]
+    for name in sets:
+        titles = [FIGURES[key][0] if key in FIGURES else key for key in keys]
+        header += [f"{name}: {title}" for title in titles]
+    lines = []
+    for row in rows:
+        runs = [runs_of(finished, name, row, stage) for name in sets]
+        if any(runs):
+            lines.append([row, *(cell(of_set, key) for of_set, key in product(runs, keys))])
+    return markdown(header, lines)
+
+
+def comparison_table(comparisons):
+    """Every planned comparison."""
+    rows = []
+    for one in comparisons:
+        rows.append([one.first, one.second, one.set, one.metric, str(one.seeds), one.span(),
+                     f"{one.p:.2g}", f"{one.holm:.2g}", one.verdict()])
+    return markdown(["first", "second", "set", "metric", "seeds", "first minus second, points",
+                     "p", "Holm p", "in words"], rows)
+
+
+def rates_table(finished):
+    """The scores on val that chose the learning rates; the chosen one is bold."""
+    rates = sorted([*RATES, *BEYOND.values()])
+    lines = []
+    for name, row in product(SETS, ROWS):
+        scored = rate_scores(finished, name, row)
+        cells = dict.fromkeys(rates, "–")
+        for lr in scored:
+            cells[lr] = f"{100 * scored[lr]:.1f}"
+        best = chosen_rate(scored)
+        if best:
+            cells[best] = f"**{cells[best]}**"
+        if scored:
+            lines.append([name, row, *cells.values()])
+    return markdown(["set", "row", *(f"{lr:g}" for lr in rates)], lines)
+
+
+def conclusions(comparisons):
+    """A line for each planned pair and set, with a sentence a metric."""
+    return [f"* {one.sentence()}" for one in comparisons if one.seeds > 1] + [""]
+
+
+def short_table(comparisons):
+    """The same for README: a line a planned pair, a column a set and metric."""
+    header = ["points"] + [f"{name}: {metric}" for name, metric in product(SETS, METRICS)]
+    rows = []
+    for first, second in PLANNED:
+        row = [f"{first} minus {second}"]
+        for one in comparisons:
+            if (one.first, one.second) == (first, second):
+                mark = MARKS[one.strength()]
+                row.append(f"{mark}{one.span()}{mark}")
+        rows.append(row)
+    return markdown(header, rows)
 
 
 # ---- The sweep: pictures -------------------------------------------------------------------------
-def label_ends(axes, ends, gap, top=100):
-    """Names beside the right ends (y, name, colour) of lines, at least `gap` apart and at most at
-    `top`."""
-    ends = sorted(ends)
-    _, right = axes.get_xlim()
-    places = np.array([y for y, _, _ in ends], float)
-    for _ in range(500):  # neighbours that are too close push each other away
-        for k in range(len(ends) - 1):
-            short = max(0, gap - (places[k + 1] - places[k]))
-            places[k] -= short / 2
-            places[k + 1] += short / 2
-        places[-1:] = np.minimum(places[-1:], top)
-    for (y, name, colour), place in zip(ends, places):
-        axes.plot([right * 1.003, right * 1.03, right * 1.045], [y, place, place], color=colour,
-                  linewidth=0.7, clip_on=False)
-        axes.text(right * 1.055, place, name, color=colour, fontsize=9, va="center")
-
-
 def tidy(axes, **settings):
     """Labels and limits, a faint grid, no frame at the top and the right."""
     axes.set(**settings)
@@ -220,218 +347,121 @@ def tidy(axes, **settings):
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def draw_curves(runs, table, path):
-    """Held-out greedy accuracy over generated tokens, mean and 95 % interval over seeds; one panel
-    a set. Tree-OPO's line is the widest."""
-    figure, panels = plt.subplots(1, 2, figsize=(12.5, 4.4))
-    for axes, (name, title) in zip(panels, SETS.items()):
-        ends = []
-        for row, (label, colour) in table.items():
-            curves = []
-            for run in runs.get((name, row), {}).values():
-                curves.append([(x / 1000, 100 * y) for x, y in run["evaluations"]])
-            curve = over_seeds(curves)
-            if curve is None:
-                continue
-            x, mean, half = curve
-            style = dict(linewidth=1.5, zorder=2)
-            if row == "expectation":
-                style = dict(linewidth=2.6, zorder=3)
-            axes.plot(x, mean, color=colour, **style)
-            axes.fill_between(x, mean - half, mean + half, color=colour, alpha=0.13, linewidth=0)
-            ends.append((mean[-1], label, colour))
-        right = axes.dataLim.xmax if ends else 1
-        tidy(axes, title=title, xlabel="generated tokens, thousands", xlim=(0, right),
-             ylabel="held-out greedy accuracy, %", ylim=(0, 100))
-        label_ends(axes, ends, gap=4.6)
-    figure.tight_layout(w_pad=3)
-    figure.savefig(path, dpi=130, bbox_inches="tight")
-
-
-def table_name(row):
-    """Where a row of the sweep stands in the paper."""
-    if row in TABLE_1:
-        return "Table 1"
-    return "Table 2" if row in TABLE_2 else "further"
-
-
-def rows_of(runs):
-    """The rows that were run, in the order of the tables; those without a name come last."""
-    present = {row for _, row in runs}
-    named = [row for row in LABELS if row in present]
-    return named + sorted(present - set(LABELS))
-
-
-def draw_dots(runs, path):
-    """Final greedy accuracy of every row, mean and 95 % interval over seeds; sorted by the hard
-    set."""
-    rows = rows_of(runs)
-    score = {}
-    for name in SETS:
-        for row in rows:
-            score[name, row] = interval(percent(runs.get((name, row), {}), "greedy"))
-
-    def height(row):
-        means = [score["hard", row][0], score["easy", row][0]]
-        return np.nan_to_num(means).tolist()
-
-    rows.sort(key=height)
-    figure, panels = plt.subplots(1, 2, figsize=(10, 1.2 + 0.25 * len(rows)), sharey=True)
-    for axes, (name, title) in zip(panels, SETS.items()):
-        untrained = []
-        for place, row in enumerate(rows):
-            mean, half = score[name, row]
-            axes.errorbar(mean, place, xerr=half, fmt="o", markersize=5, linewidth=1.4,
-                          color=COLOURS[table_name(row)])
-            for run in runs.get((name, row), {}).values():
-                _, accuracy = run["evaluations"][0]
-                untrained.append(100 * accuracy)
-        if untrained:
-            title += f"\n(untrained: {np.mean(untrained):.0f} %)"
-        left, right = axes.get_xlim()
-        axes.set_xlim(max(left, -2), min(right, 102))
-        tidy(axes, title=title, ylim=(-0.7, len(rows) - 0.3), yticks=range(len(rows)),
-             yticklabels=[LABELS.get(row, row) for row in rows],
-             xlabel="final greedy accuracy, %\n(mean and 95 % interval over seeds)")
-    for table, colour in COLOURS.items():
-        panels[0].plot([], [], "o", color=colour, label=table)
-    panels[0].legend(loc="lower left", bbox_to_anchor=(-0.02, 1.08), ncol=3, frameon=False,
-                     fontsize=9)
+def draw_dots(finished, path):
+    """Accuracies of every row on test, mean and 95 % interval over seeds; a panel a set."""
+    run = {job.row for job in finished if job.stage == "final"}
+    rows = [row for row in ROWS if row in run]
+    figure, panels = subplots(1, 2, figsize=(10, 1.4 + 0.28 * len(rows)), sharey=True)
+    for axes, name in zip(panels, SETS):
+        for shift, (metric, colour) in zip((-0.12, 0.12), METRICS.items()):
+            axes.plot([], [], "o", color=colour, label=metric)
+            for place, row in enumerate(rows):
+                runs = runs_of(finished, name, row)
+                mean, half = interval(list(points(runs, metric).values()))
+                axes.errorbar(mean, place + shift, xerr=half, fmt="o", markersize=4, color=colour)
+        tidy(axes, title=name, ylim=(len(rows) - 0.4, -0.6), yticks=range(len(rows)),
+             yticklabels=rows, xlabel="test accuracy, % (mean and 95 % interval over seeds)")
+    panels[1].legend(fontsize=8)
     figure.tight_layout()
-    figure.savefig(path, dpi=130, bbox_inches="tight")
+    figure.savefig(path, dpi=130)
 
 
-def draw_figure4(runs, path):
-    """The paper's Fig. 4 on both sets: satisfied constraints, variance of the advantages, reward;
-    mean over seeds, smoothed."""
-    figure, panels = plt.subplots(2, 3, figsize=(12, 6))
-    for line, (name, title) in zip(panels, SETS.items()):
-        satisfied, variance, reward = line
-        draw_progress(satisfied, runs, name, "sat", "constraints satisfied, %", 100)
-        draw_progress(variance, runs, name, "adv_var", "variance of advantages")
-        draw_progress(reward, runs, name, "reward", "group average reward")
-        variance.set(title=title, yscale="log")
-        variance.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}",
-                           minor_locator=NullLocator())
-    figure.tight_layout(rect=(0, 0, 1, 0.94))
-    legends = [axes.get_legend_handles_labels() for axes in panels.flat]
-    longest = max(legends, key=lambda legend: len(legend[0]))  # GRPO has no constraints
-    figure.legend(*longest, loc="upper center", ncol=6, frameon=False)
-    figure.savefig(path, dpi=130, bbox_inches="tight")
+def draw_curves(finished, path):
+    """The planned rows' greedy accuracy on val over generated tokens: median and range over seeds.
+    Rows on questions are dashed."""
+    figure, panels = subplots(1, 2, figsize=(12.5, 4.6), sharey=True)
+    for axes, name in zip(panels, SETS):
+        for row, colour in ROW_COLOURS.items():
+            runs = runs_of(finished, name, row).values()
+            curves = [np.array(line["val"]) for line in runs]  # of (tokens, accuracy)
+            if not curves:
+                continue
+            x = np.linspace(0, min(curve[-1, 0] for curve in curves), 60)
+            y = 100 * np.array([np.interp(x, *curve.T) for curve in curves])  # (seeds, 60)
+            style = "--" if "--group question" in ROWS[row] else "-"
+            axes.plot(x / 1000, np.median(y, axis=0), style, color=colour, label=row)
+            axes.fill_between(x / 1000, y.min(axis=0), y.max(axis=0), color=colour, alpha=0.1,
+                              linewidth=0)
+        tidy(axes, title=name, xlabel="generated tokens, thousands",
+             ylabel="greedy accuracy on val, %", ylim=(0, 100))
+    panels[0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
 
 
-def draw_progress(axes, runs, name, key, label, scale=1):
-    """A figure of the training log over generated tokens, for the rows of Table 1 but GRPO."""
-    for row, (text, colour) in TABLE_1.items():
-        if row == "grpo":
-            continue
-        curves = []
-        for run in runs.get((name, row), {}).values():
-            tokens = np.array(run["curves"]["tokens"]) / 1000
-            values = [None if y is None else scale * y for y in run["curves"][key]]
-            curves.append(list(zip(tokens, values)))
-        curve = over_seeds(curves, 30)
-        if curve is None:
-            continue
-        x, mean, _ = curve
-        window = np.ones(5)
-        smooth = np.convolve(mean, window, "same")
-        count = np.convolve(np.ones(30), window, "same")  # the ends have fewer points
-        axes.plot(x, smooth / count, color=colour, label=text,
-                  linewidth=2.4 if row == "expectation" else 1.5)
-    tidy(axes, xlabel="generated tokens, thousands", ylabel=label)
+# ---- The command ---------------------------------------------------------------------------------
+def replace_results(path, lines):
+    """Put lines between the two markers of a Markdown file."""
+    before, begin, rest = Path(path).read_text("utf-8").partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise InputError(f"{path} has no {BEGIN} that {END} follows; expected both, around what "
+                         "this command writes")
+    Path(path).write_text("\n".join([before + BEGIN, *lines, END + after]), "utf-8")
 
 
-# ---- The sweep: table ----------------------------------------------------------------------------
-def number(mean, half, digits=1):
-    """A mean and what it is known to, as text."""
-    if np.isnan(mean):
-        return "–"
-    if np.isnan(half):
-        return f"{mean:.{digits}f}"
-    return f"{mean:.{digits}f} ± {half:.{digits}f}"
+def write_gradients(folder):
+    """gradients.md and gradients.png, where gradients.jsonl is there. Returns their conclusions."""
+    path = f"{folder}/gradients.jsonl"
+    if not os.path.exists(path):
+        return []
+    import gradients  # and with it torch
+    lines = gradients.read_lines(path)
+    Path(folder, "gradients.md").write_text(gradients.table(lines), "utf-8")
+    gradients.draw(lines, f"{folder}/gradients.png")
+    found = []
+    for label in gradients.distinct(lines, "label"):
+        cells = [f"{line['estimator']} {gradients.cell(line, 'efficiency')}" for line in lines
+                 if line["label"] == label and line["estimator"] in ROWS.keys() - {"flat"}]
+        found.append(f"* On {label}, how many times fewer groups than flat give as accurate a "
+                     f"gradient: {', '.join(cells)}.")
+    return [*found, ""]
 
 
-def against(seeds, others):
-    """How many points of greedy accuracy a row is above another, paired by seed, and p."""
-    both = sorted(set(seeds) & set(others))
-    if len(both) < 2 or seeds is others:
-        return "–"
-    a = np.array([100 * seeds[seed]["greedy"] for seed in both])
-    b = np.array([100 * others[seed]["greedy"] for seed in both])
-    text = f"{np.mean(a - b):+.1f}"
-    p = np.nan
-    if np.ptp(a - b) > 0:
-        p = stats.ttest_rel(a, b).pvalue
-    return text if np.isnan(p) else f"{text} (p = {p:.2g})"
-
-
-def line_of(row, seeds, grpo, expectation):
-    """A row of the sweep as a line of the table."""
-    def mean_of(key):
-        mean, _ = interval([run[key] for run in seeds.values()])
-        return mean
-
-    def inside(key):  # a mean over the run's steps
-        mean, _ = interval([run["means"][key] for run in seeds.values()])
-        return mean
-
-    greedy = percent(seeds, "greedy")
-    one_more = "–"
-    if len(seeds) > 1:
-        _, half = interval(greedy, one_more=True)
-        one_more = f"± {half:.1f}"
-    cells = [LABELS.get(row, row), f"`{row}`", str(len(seeds)), number(*interval(greedy)),
-             one_more, number(*interval(percent(seeds, "sampled"))),
-             against(seeds, grpo), against(seeds, expectation),
-             number(100 * inside("sat"), 100 * inside("sat_sd")),
-             number(inside("adv_var"), np.nan, 3),
-             f"{mean_of('peak_memory_mb'):.0f}", f"{mean_of('seconds'):.0f}"]
-    return "| " + " | ".join(cells) + " |"
-
-
-def table_of(runs):
-    """The sweep as Markdown: one table a set."""
-    lines = []
-    for name, title in SETS.items():
-        lines += [f"**{title}**", "", "| " + " | ".join(HEADER) + " |", "|---" * len(HEADER) + "|"]
-        grpo = runs.get((name, "grpo"), {})
-        expectation = runs.get((name, "expectation"), {})
-        for row in rows_of(runs):
-            if (name, row) in runs:
-                lines.append(line_of(row, runs[name, row], grpo, expectation))
-        lines.append("")
-    return "\n".join(lines) + FOOTER
-
-
-def draw_sweep(path):
-    """Every picture of a sweep, and its table, beside its file."""
-    runs = read_sweep(path)
+def write_sweep(path, readme):
+    """Tables, pictures and conclusions of a sweep, beside its file and in README."""
+    finished = read_sweep(path)
     folder = os.path.dirname(os.path.abspath(path))
-    draw_curves(runs, TABLE_1, f"{folder}/sweep.png")
-    ours = {"expectation": TABLE_1["expectation"]}
-    draw_curves(runs, TABLE_2 | ours, f"{folder}/sweep_table2.png")
-    draw_dots(runs, f"{folder}/sweep_all.png")
-    draw_figure4(runs, f"{folder}/figure4.png")
-    table = table_of(runs)
-    with open(f"{folder}/sweep.md", "w", encoding="utf-8") as out:
-        out.write(table)
-    print(table)
+    draw_dots(finished, f"{folder}/sweep.png")
+    draw_curves(finished, f"{folder}/curves.png")
+    comparisons = compare_planned(finished)
+    said = [RULE, "", *conclusions(comparisons), *write_gradients(folder)]
+    lines = ["# The sweep", "", NOTES, ""]
+    for name in SETS:
+        keys = ["lr", "seeds", *SCORES, "entropy", "updates", "tokens", "search"]
+        lines += table(finished, ROWS, keys, [name])
+    lines += ["## Planned comparisons", "", *comparison_table(comparisons),
+              "## Conclusions", "", *said,
+              "## Equal updates", "",
+              *table(finished, UPDATES_ROWS, ["lr", "updates", "tokens", *SCORES], stage="updates"),
+              "## Constraints satisfied, and variance of the advantages", "",
+              *table(finished, ROWS, ["sat", "sat_triplet", "adv_var"]),
+              "## Learning rates: (greedy + mean@2) / 2 on val, %", "", *rates_table(finished)]
+    Path(folder, "sweep.md").write_text("\n".join(lines), "utf-8")
+    to = os.path.relpath(folder, os.path.dirname(os.path.abspath(readme)))
+    replace_results(readme, [
+        *table(finished, PLANNED_ROWS, ["lr", *METRICS]),
+        f"![Test accuracy, %, of every row]({to}/sweep.png)", "",
+        SHORT_RULE, "", *short_table(comparisons),
+        f"[Learning curves]({to}/curves.png), [all tables]({to}/sweep.md)."])
+    print("\n".join(lines))
 
 
 def main():
-    parser = arguments("Draw the README's pictures.")
+    parser = arguments("Write down what was measured: pictures, tables, conclusions.")
     add = parser.add_argument
-    add("what", choices=("tree", "run", "sweep"), help="to draw")
+    add("what", choices=("tree", "run", "sweep"))
     add("folders", nargs="*", help="run folders")
     add("--trees", default="data/arithmetic/trees.jsonl", help="prefix trees, JSONL")
     add("--id", help="the problem; default the first")
     add("--sweep", default=os.path.join(HERE, "sweep.jsonl"),
-        help="what sweep.py wrote; the pictures come beside it")
+        help="what sweep.py wrote; what is made of it comes beside it")
+    add("--readme", default=os.path.join(os.path.dirname(HERE), "README.md"),
+        help="the file whose results are replaced")
     add("--out", default="tree.png", help="the picture of a tree; README's is results/tree.png")
     args = parser.parse_args()
     if args.what == "sweep":
-        draw_sweep(args.sweep)
+        write_sweep(args.sweep, args.readme)
     elif args.what == "run":
         if not args.folders:
             raise InputError("no run folder is named; expected one or more that train.py wrote")

@@ -59,7 +59,9 @@ def random_group(rng, samples, trees):
     rewards = np.zeros(samples)
     while np.ptp(rewards) == 0:
         rewards = (rng.random(samples) < 0.35).astype(float)
-    return Group(node, parent, rewards, teacher=rng.random(len(parent)), mc=rng.random(len(parent)))
+    return Group(node, parent, rewards, teacher=rng.random(len(parent)),
+                 mc=rng.random(len(parent)), logps=-30 * rng.random(len(node)),
+                 lengths=rng.integers(1, 100, len(node)))
 
 def shaped(group):
     """The same group with half of the teacher's V taken from each reward."""

@@ -1,22 +1,30 @@
 """
-Every row of the paper's Tables 1 and 2, and more, on the embedded default: seeds, two sets of
-problems, equal budgets of generated tokens.
+Every row of the paper's Tables 1 and 2, and more, on the embedded default, each at a learning rate
+of its own.
 
-    python results/sweep.py --jobs 2 --seeds 5     # to go on where it was stopped: the same command
-    python results/plot.py sweep                   # then: pictures and a table
+    python results/sweep.py --jobs 2               # to go on where it was stopped: the same command
+    python results/plot.py sweep                   # then: tables, pictures and conclusions
 
-A finished run is a line of results/sweep.jsonl and is not run again; to run all anew, name another
---log and --out. Seed 0 of all rows comes first, so that a sweep that was stopped is balanced. What
-a run prints is in OUT/SET-ROW-SEED.txt.
+Each row has three stages, on each of two sets of problems:
+
+choose    every learning rate of RATES with the seeds of CHOICE, at the set's budget of generated
+          tokens. The highest score on val, the mean over seeds of (greedy + mean@2) / 2, is taken.
+          Where that is at an edge of RATES, the next rate (BEYOND) is tried as well.
+final     fresh seeds at that rate and budget. val is watched on the way, test is scored once.
+updates   of a few rows: the same with equal numbers of updates instead of equal tokens.
+
+Planned comparisons come first, so that a sweep that was stopped holds whole rows. A finished run is
+a line of results/sweep.jsonl and is not run again; files of several machines are merged by
+concatenation. What a run prints is in OUT/SET-ROW-STAGE-RATE-SEED.txt.
 """
-import json
+import itertools
+import multiprocessing
 import os
+import runpy
 import signal
-import subprocess
 import sys
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from multiprocessing.connection import wait
 from typing import NamedTuple
 
 import numpy as np
@@ -24,293 +32,302 @@ import numpy as np
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
 sys.path.insert(0, ROOT)
-from tree import (InputError, append_jsonl, arguments, at_least, continue_jsonl,  # noqa: E402
-                  get_field, lock, read_jsonl, run_command)
+from tree import (append_jsonl, arguments, at_least, continue_jsonl, get_field,  # noqa: E402
+                  lock, read_jsonl, run_command)
 
 # ---- What is run ---------------------------------------------------------------------------------
 STUDENT = "data/arithmetic/student"
 TEACHER = "data/arithmetic/teacher"
-REINFORCE_KL = f"--group question --reward teacher --teacher {TEACHER} --lr 5e-4"
-ROWS = {  # the flags of train.py
-    # Table 1
+REINFORCE_KL = f"--group question --reward teacher --teacher {TEACHER}"
+ROWS = {  # the flags of train.py; in the order in which they are run
     "grpo": "--group question --baseline grpo",
-    "flat": "--baseline flat",
-    "trace": "--group trace --baseline expectation",
     "expectation": "--baseline expectation",
+    "optimal": "--baseline optimal",
+    "optimal_question": "--group question --baseline optimal",
+    "flat": "--baseline flat",
     "optimistic": "--baseline optimistic",
     "pessimistic": "--baseline pessimistic",
     "qp_hard": "--baseline qp_hard",
-    # the paper's other estimators
-    "qp_soft": "--baseline qp_soft",
-    "mc": "--baseline mc --mc_rollouts 4",
-    # Table 2, whose last row is "expectation"
+    "tree_opo_kl":
+        f"--baseline expectation --teacher {TEACHER} --distill_coef 0.1 --kl student_teacher",
+    "gkd": f"--group question --reward none --distill_coef 1 --teacher {TEACHER}",
+    "optimal_tree": "--baseline optimal_tree",
     "reinforce_kl": REINFORCE_KL,
     "reinforce_kl_baseline": f"{REINFORCE_KL} --critic {STUDENT} --gae_lambda 1",
     "actor_critic": f"{REINFORCE_KL} --critic {STUDENT} --gae_lambda 0.95",
     "mcts_reinforce": REINFORCE_KL + " --teacher_adapter {out}/{set}-teacher",
-    "gkd": f"--group question --reward none --distill_coef 1 --teacher {TEACHER} --lr 5e-4",
-    "tree_opo_kl":
-        f"--baseline expectation --teacher {TEACHER} --distill_coef 0.1 --kl student_teacher",
-    # Sec. 3.1
-    "off_policy": f"--baseline none --behaviour teacher --teacher {TEACHER}",
-    # GRPO as its users know it, and the same of Tree-OPO
+    "trace": "--group trace --baseline expectation",
     "grpo_clipped": "--group question --baseline grpo --epochs 2 --kl_coef 0.04",
     "tree_opo_clipped": "--baseline expectation --epochs 2 --kl_coef 0.04",
-    # beyond the paper
-    "rloo": "--group question --baseline rloo",
-    "loo": "--baseline loo",
-    "teacher": "--baseline teacher",
-    "treepo": "--baseline treepo",
-    "treerl": "--baseline treerl",
-    "treerpo": "--baseline treerpo",
+    "optimal_clipped": "--baseline optimal --epochs 2 --kl_coef 0.04",
+    "opo": "--baseline opo",
+    "mc": "--baseline mc --mc_rollouts 4",
+    "off_policy": f"--baseline none --behaviour teacher --teacher {TEACHER}",
 }
+PLANNED_ROWS = list(ROWS)[:10]     # those of the planned comparisons
+UPDATES_ROWS = ["grpo", "expectation", "optimal"]
+RATES = [2e-4, 5e-4, 1e-3]
+BEYOND = {2e-4: 1e-4, 1e-3: 2e-3}  # the best of RATES -> what is tried then
+CHOICE = [100, 101]                # seeds that choose a rate, and do nothing else
+EVALUATIONS = 5                    # of a final run, beside the one before it
+VAL_SAMPLES = 2                    # of a problem, beside the greedy answer
+TEST_SAMPLES = 16
+NEW_TOKENS = 192                   # of a completion that is scored
 
 
 class ProblemSet(NamedTuple):
-    """A set of problems, with its trees and its test problems."""
-    files: str   # how the names of its files begin
-    tokens: int  # generated by each run
+    """A set of problems, with its trees."""
+    files: str      # how the names of its files begin
+    tokens: int     # generated by each run
+    updates: int    # of each run in the stage "updates"
+    max_depth: int  # of the teacher's search
 
 
 SETS = {
-    "easy": ProblemSet("data/arithmetic/", 30_000),
-    "hard": ProblemSet("data/arithmetic/hard_", 60_000),
+    "easy": ProblemSet("data/arithmetic/", tokens=30_000, updates=60, max_depth=5),
+    "hard": ProblemSet("data/arithmetic/hard_", tokens=60_000, updates=100, max_depth=8),
 }
 
 
 class Job(NamedTuple):
-    """One run of one row."""
+    """One run."""
     set: str
     row: str
+    stage: str
+    lr: float
     seed: int
-    flags: str  # of train.py
 
-    def title(self):
-        return f"{self.set} {self.row} seed {self.seed}"
+    def name(self):
+        return f"{self.set}-{self.row}-{self.stage}-{self.lr:g}-{self.seed}"
 
 
-def plan(args):
-    """Every run, [Job]."""
+# ---- Which runs, in which order. finished is {Job: its line of the log}. -------------------------
+def rate_scores(finished, name, row):
+    """{rate: its score on val} of the rates that have run with every seed of CHOICE."""
+    scored = {}
+    for lr in [*RATES, *BEYOND.values()]:
+        jobs = [Job(name, row, "choose", lr, seed) for seed in CHOICE]
+        if all(job in finished for job in jobs):
+            lines = [finished[job]["scores"] for job in jobs]
+            scored[lr] = np.mean([(line["greedy"] + line["mean@2"]) / 2 for line in lines])
+    return scored
+
+
+def rates_to_try(scored):
+    """RATES and, once the best of them is known to be at an edge, the rate beyond it."""
+    if scored.keys() >= set(RATES):
+        best = max(RATES, key=scored.get)
+        return [*RATES, BEYOND[best]] if best in BEYOND else RATES
+    return RATES
+
+
+def chosen_rate(scored):
+    """The rate with the highest score on val, or None where one is still to be tried."""
+    rates = rates_to_try(scored)
+    return max(rates, key=scored.get) if scored.keys() >= set(rates) else None
+
+
+def plan(finished, args):
+    """Every run whose learning rate is known, finished or not, the most urgent first: [Job]."""
+    planned = [row for row in PLANNED_ROWS if row in args.rows]
+    updates = [row for row in UPDATES_ROWS if row in args.rows]
+    others = [row for row in ROWS if row in args.rows and row not in PLANNED_ROWS]
     jobs = []
-    for seed in range(args.seeds):
-        for row in args.rows:
-            for name in args.sets:
-                files, tokens = SETS[name]
-                flags = (f"{ROWS[row]} --seed {seed} --trees {files}trees.jsonl "
-                         f"--eval_data {files}test.jsonl --max_tokens {args.tokens or tokens}")
-                if "--lr" not in ROWS[row]:
-                    flags += f" --lr {args.lr}"
-                jobs.append(Job(name, row, seed, flags))
+    for stage, rows in [("choose", planned), ("final", planned), ("updates", updates),
+                        ("choose", others), ("final", others)]:
+        for row, name in itertools.product(rows, args.sets):
+            scored = rate_scores(finished, name, row)
+            rates = [chosen_rate(scored)]
+            seeds = range(args.first_seed, args.first_seed + args.seeds)
+            if stage == "choose":
+                rates = rates_to_try(scored)
+                seeds = CHOICE
+            for lr in filter(None, rates):
+                jobs += [Job(name, row, stage, lr, seed) for seed in seeds]
     return jobs
 
 
-# ---- One run -------------------------------------------------------------------------------------
-class Failed(Exception):
-    """A script ended with a mistake, or could not finish in time."""
+def train_flags(job, finished, args):
+    """The flags of train.py for one run, as text."""
+    problems = SETS[job.set]
+    length = f"--max_tokens {args.tokens or problems.tokens}"
+    if job.stage == "updates":
+        length = f"--steps {problems.updates}"
+    every = 0
+    if job.stage == "final":
+        # no one knows the number of updates beforehand; the run that chose the rate had about it
+        updates = finished[job._replace(stage="choose", seed=CHOICE[0])]["updates"]
+        every = -(-updates // EVALUATIONS)
+    return (f"{ROWS[job.row].format(out=args.out, set=job.set)} --lr {job.lr:g} --seed {job.seed} "
+            f"--trees {problems.files}trees.jsonl {length} "
+            f"--eval_data {problems.files}val.jsonl --eval_every {every}")
 
 
-class Scripts:
-    """Runs the project's scripts, each in a process of its own, and ends those that are left."""
-
-    def __init__(self, deadline):
-        self.deadline = deadline  # of time.monotonic()
-        self.processes = set()    # at work
-        self.preparing = threading.Lock()
-
-    def run(self, said, script, *flags):
-        """Run a script; what it prints is appended to the file `said`. Raises Failed."""
-        left = self.deadline - time.monotonic()
-        if left <= 0:
-            raise Failed("no time is left; the same command goes on")
-        command = [sys.executable, os.path.join(ROOT, script), *map(str, flags)]
-        with open(said, "ab") as out:
-            process = subprocess.Popen(
-                command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=out, stderr=out,
-                env={**os.environ, "OMP_NUM_THREADS": "1"})
-        self.processes.add(process)
-        try:
-            status = process.wait(left)
-        except subprocess.TimeoutExpired:
-            process.terminate()  # train.py finishes its step and saves
-            process.wait()
-            raise Failed("no time is left; the same command goes on") from None
-        finally:
-            self.processes.discard(process)
-        if status != 0:
-            raise Failed(f"{script} ended with status {status}, and {said} ends in: "
-                         f"{last_line(said)}")
-
-    def stop(self):
-        """End what is still running."""
-        for process in list(self.processes):
-            process.terminate()
+# ---- One run, in a process of its own ------------------------------------------------------------
+def run_script(script, *flags):
+    """Run one of the project's scripts in this process."""
+    sys.argv = [script, *map(str, flags)]
+    runpy.run_path(os.path.join(ROOT, script), run_name="__main__")
 
 
-def last_line(path):
-    """The last line of a text file that is not blank."""
-    with open(path, encoding="utf-8", errors="replace") as file:
-        lines = [line.strip() for line in file if line.strip()]
-    return lines[-1] if lines else "nothing"
-
-
-def prepare_teacher(name, out, scripts):
+def prepare_teacher(job, out):
     """For mcts_reinforce: the teacher, fine-tuned on the successful traces of its own search
     (Sec. 4.3). Run again, it is done where the first time came to its end."""
-    folder = f"{out}/{name}-teacher"
-    searches = f"{out}/{name}-search.jsonl"
-    done = f"{folder}.done"
-    if os.path.exists(done):
-        return
-    scripts.run(f"{folder}.txt", "mcts.py", "--model", TEACHER, "--out", searches,
-                "--data", f"{SETS[name].files}train.jsonl", "--limit", 500,
-                "--max_new_tokens", 128)
-    scripts.run(f"{folder}.txt", "train.py", "--objective", "sft", "--model", TEACHER,
-                "--trees", searches, "--eval_every", 0, "--out", folder, "--resume")
-    with open(done, "w"):
-        pass
+    import fcntl
+    folder = f"{out}/{job.set}-teacher"
+    problems = SETS[job.set]
+    with open(f"{folder}.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # one run prepares it, the others wait
+        if os.path.exists(f"{folder}.done"):
+            return
+        run_script("mcts.py", "--model", TEACHER, "--data", f"{problems.files}train.jsonl",
+                   "--limit", 500, "--max_depth", problems.max_depth, "--max_new_tokens", 128,
+                   "--out", f"{folder}-search.jsonl")
+        run_script("train.py", "--objective", "sft", "--model", TEACHER,
+                   "--trees", f"{folder}-search.jsonl", "--eval_every", 0, "--out", folder,
+                   "--resume")
+        os.mknod(f"{folder}.done")
 
 
-def run(job, out, scripts):
-    """Train and score one job, from wherever it stands. Returns its line for the log."""
-    folder = f"{out}/{job.set}-{job.row}-{job.seed}"
+def run(job, flags, args):
+    """Train and score one job, from wherever it stands. What is printed goes to a file."""
+    folder = f"{args.out}/{job.name()}"
+    said = os.open(f"{folder}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(said, 1)
+    os.dup2(said, 2)
     if job.row == "mcts_reinforce":
-        with scripts.preparing:
-            prepare_teacher(job.set, out, scripts)
-    flags = job.flags.format(out=out, set=job.set).split()
+        prepare_teacher(job, args.out)
     # --resume starts anew where there is no checkpoint yet
-    scripts.run(f"{folder}.txt", "train.py", *flags, "--eval_every", 10, "--out", folder,
-                "--resume")
-    scripts.run(f"{folder}.txt", "evaluate.py", "--model", STUDENT, "--adapter", folder,
-                "--data", f"{SETS[job.set].files}test.jsonl", "--samples", 4,
-                "--max_new_tokens", 96, "--out", f"{folder}/final.jsonl")
-    return job._asdict() | summarise(folder)
+    run_script("train.py", *flags.split(), "--out", folder, "--resume")
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # train.py has caught it
+    scored = ["--data", f"{SETS[job.set].files}test.jsonl", "--samples", TEST_SAMPLES,
+              "--limit", args.test_limit]
+    if job.stage == "choose":
+        scored = ["--data", f"{SETS[job.set].files}val.jsonl", "--samples", VAL_SAMPLES]
+    run_script("evaluate.py", "--model", STUDENT, "--adapter", folder, *scored,
+               "--max_new_tokens", NEW_TOKENS, "--out", f"{folder}/scores.jsonl")
 
 
 # ---- Its line in the log -------------------------------------------------------------------------
-CURVES = ("reward", "sat", "adv_var", "adv_var_scaled", "entropy")
-MEANS = (*CURVES, "sat_sd", "sat_pair", "sat_triplet", "dead", "truncated", "kl", "ess")
-POINTS = 30  # of a curve
+MEANS = ("reward", "solved", "dead", "truncated", "sat", "sat_pair", "sat_triplet", "adv_var")
 
 
-def read(path):
-    """The rows of a JSONL file, as they are."""
-    return list(read_jsonl(path, lambda row, number: row))
+def mean(rows, name):
+    """The mean of a figure of the training log; null where no row has it."""
+    values = [row[name] for row in rows if row.get(name) is not None]
+    return round(float(np.mean(values)), 5) if values else None
 
 
-def mean(values):
-    """The mean of what is not null, to 4 digits; null where nothing is."""
-    values = [value for value in values if value is not None]
-    if not values:
-        return None
-    return float(f"{np.mean(values):.4g}")
-
-
-def column(rows, name):
-    """A figure of the training log, null in the rows that lack it."""
-    return [row.get(name) for row in rows]
+def scores(rows):
+    """Greedy accuracy and, of k samples, mean@k and pass@k: shares of a file of scores."""
+    correct = np.array([row["correct"] for row in rows])  # (problems, 1 + k)
+    sampled = correct[:, 1:]
+    k = sampled.shape[1]
+    shares = {"greedy": correct[:, 0], f"mean@{k}": sampled, f"pass@{k}": sampled.any(axis=1)}
+    return {name: round(float(np.mean(share)), 5) for name, share in shares.items()}
 
 
 def summarise(folder):
-    """A finished run as one object: accuracies, the means of its log, thinned curves, and as digits
-    which test problems the greedy answer solved."""
-    log = read(f"{folder}/log.jsonl")
+    """A finished run as one object: its scores, its cost, its curve on val, means of its log."""
+    def read(name):
+        return list(read_jsonl(f"{folder}/{name}.jsonl", lambda row, number: row))
+    log = read("log")
     steps = [row for row in log if "loss" in row]
-    scores = [row for row in log if "eval_accuracy" in row]
     tokens = {0: 0} | {row["step"]: row["tokens"] for row in steps}
-    greedy = []
-    sampled = []
-    for row in read(f"{folder}/final.jsonl"):
-        greedy.append(row["correct"][0])
-        sampled += row["correct"][1:]
-    curves = {name: [] for name in ("tokens", *CURVES)}
-    for part in np.array_split(np.arange(len(steps)), min(POINTS, len(steps))):
-        rows = [steps[k] for k in part]
-        curves["tokens"].append(rows[-1]["tokens"])
-        for name in CURVES:
-            curves[name].append(mean(column(rows, name)))
-    seconds = sum(column(steps, "seconds_rollout")) + sum(column(steps, "seconds_update"))
+    evaluations = [row for row in log if "eval_accuracy" in row]
     return dict(
-        steps=len(steps), tokens=steps[-1]["tokens"], seconds=round(seconds, 1),
-        peak_memory_mb=round(max(column(steps, "peak_memory_mb"))),
-        greedy=mean(greedy), sampled=mean(sampled),
-        evaluations=[(tokens[row["step"]], mean([row["eval_accuracy"]])) for row in scores],
-        means={name: mean(column(steps, name)) for name in MEANS}, curves=curves,
-        correct="".join(str(int(solved)) for solved in greedy))
+        scores=scores(read("scores")), entropy=mean(steps[-max(1, len(steps) // 10):], "entropy"),
+        tokens=steps[-1]["tokens"], updates=len(steps),
+        seconds=round(sum(row["seconds_rollout"] + row["seconds_update"] for row in steps), 1),
+        val=[(tokens[row["step"]], row["eval_accuracy"]) for row in evaluations],
+        means={name: mean(steps, name) for name in MEANS})
 
 
 # ---- All runs ------------------------------------------------------------------------------------
-def parse_line(line, number):
-    """A line of the log as the Job that it is of."""
-    return Job(set=get_field(line, "set", str, "the name of a set of problems"),
-               row=get_field(line, "row", str, "the name of a row"),
-               seed=get_field(line, "seed", int, "the run's seed"),
-               flags=get_field(line, "flags", str, "the flags of train.py"))
+def parse_line(row, number):
+    """A line of the log: (Job, the line)."""
+    fields = Job.__annotations__ | {"scores": dict}
+    *job, _ = [get_field(row, name, kind, "that of a run") for name, kind in fields.items()]
+    return Job(*job), row
 
 
-def sweep(jobs, args, scripts, pool):
-    """Run what the log does not hold yet, and append each line as it comes. A run that fails is
-    told, and stops no other. Returns how many failed."""
-    begun = time.monotonic()
-    finished = set(continue_jsonl(args.log, parse_line))
-    todo = [job for job in jobs if job not in finished]
-    print(f"{len(jobs)} runs, {len(jobs) - len(todo)} of them finished before; "
-          f"{args.jobs} at a time")
-    futures = {pool.submit(run, job, args.out, scripts): job for job in todo}
-    failed = 0
-    for done, future in enumerate(as_completed(futures), 1):
-        title = f"{done}/{len(todo)} {futures[future].title()}"
-        try:
-            line = future.result()
-        except (Failed, InputError, OSError) as error:
-            failed += 1
-            print(f"{title} failed: {error}")
-            continue
-        append_jsonl(args.log, line)
-        left = round((time.monotonic() - begun) / done * (len(todo) - done) / 60)
-        print(f"{title}: greedy {100 * line['greedy']:.1f} %, sampled "
-              f"{100 * line['sampled']:.1f} %, {line['seconds']:.0f} s | "
-              f"ETA {left // 60}:{left % 60:02d} h")
-    print(f"{len(todo) - failed} finished, {failed} failed; finished runs are in {args.log}")
-    return failed
+def first_lines(lines):
+    """{Job: its line} of pairs (Job, line); of two lines of one run the first counts."""
+    return dict(reversed(list(lines)))
 
 
-def parse_args():
+def sweep(args, deadline):
+    """Run what the log does not hold yet, and append each line as it comes. A run that fails stops
+    no other. Returns how many failed or were stopped."""
+    finished = first_lines(continue_jsonl(args.log, parse_line))
+    fork = multiprocessing.get_context("fork")  # torch need not be imported again in every run
+    running = {}                                # process -> (Job, its flags)
+    failed = set()
+    try:
+        while True:
+            known = {*finished, *failed, *(job for job, _ in running.values())}
+            todo = [job for job in plan(finished, args) if job not in known]
+            if time.monotonic() < deadline:
+                for job in todo[:args.jobs - len(running)]:
+                    flags = train_flags(job, finished, args)
+                    process = fork.Process(target=run, args=(job, flags, args))
+                    process.start()
+                    running[process] = (job, flags)
+            if not running:
+                break
+            wait([process.sentinel for process in running], max(0, deadline - time.monotonic()))
+            if time.monotonic() >= deadline:
+                break
+            for process in [process for process in running if not process.is_alive()]:
+                job, flags = running.pop(process)
+                folder = f"{args.out}/{job.name()}"
+                if process.exitcode != 0:
+                    failed.add(job)
+                    print(f"a run failed: see {folder}.txt", flush=True)
+                    continue
+                finished[job] = job._asdict() | dict(flags=flags) | summarise(folder)
+                append_jsonl(args.log, finished[job])
+                print(f"{job.name()}: {finished[job]['scores']}, {len(todo)} more can start",
+                      flush=True)
+    finally:
+        for process in running:
+            process.terminate()  # train.py finishes its step and saves
+        for process in running:
+            process.join()
+    print(f"{len(finished)} runs are in {args.log}; {len(failed)} failed, {len(running)} were "
+          "stopped: the same command goes on")
+    return len(failed) + len(running)
+
+
+def parse_args(argv=None):
     """The flags; paths are of the folder where the command was given."""
-    parser = arguments("Run every row of the paper's tables.")
+    parser = arguments("Run every row of the paper's tables, each at its own learning rate.")
     add = parser.add_argument
-    add("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="NAME",
-        help=f"some of {', '.join(ROWS)}")
-    add("--sets", nargs="+", choices=SETS, default=list(SETS), metavar="NAME",
-        help=f"some of {', '.join(SETS)}")
-    add("--seeds", type=at_least(1), default=5, help="runs of a row on a set")
+    add("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="in the order of ROWS")
+    add("--sets", nargs="+", choices=SETS, default=list(SETS), help="of problems")
+    add("--seeds", type=at_least(1), default=5, help="final runs of a row on a set")
+    add("--first_seed", type=at_least(0), default=0, help="of the final runs")
     add("--jobs", type=at_least(1), default=2, help="runs side by side, one thread each")
-    add("--tokens", type=at_least(0), default=0,
-        help="generated tokens a run; 0 is 30,000 on easy and 60,000 on hard")
-    # at the preset's 3e-4 all rows soon meet the teacher's accuracy and differ no more
-    add("--lr", type=at_least(1e-12, float), default=2e-4, help="of the rows that name none")
+    add("--tokens", type=at_least(0), default=0, help="generated by each run; 0: as SETS has it")
+    add("--test_limit", type=at_least(0), default=200, help="test problems scored; 0 is all")
     add("--minutes", type=at_least(0, float), default=1e4, help="stop after so many")
     add("--out", default=os.path.join(ROOT, "out", "sweep"), help="folder of the run folders")
-    add("--log", default=os.path.join(HERE, "sweep.jsonl"),
-        help="a finished run a line; what is there is not run again")
-    args = parser.parse_args()
-    args.out = os.path.abspath(args.out)
+    add("--log", default=os.path.join(HERE, "sweep.jsonl"), help="a line a finished run")
+    args = parser.parse_args(argv)
+    args.out, args.log = map(os.path.abspath, [args.out, args.log])
     return args
 
 
 def main():
     args = parse_args()
     held = lock(os.path.join(args.out, "sweep"))  # which makes the folder, too
-    scripts = Scripts(time.monotonic() + 60 * args.minutes)
-    pool = ThreadPoolExecutor(args.jobs)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops as Ctrl-C does
-    try:
-        failed = sweep(plan(args), args, scripts, pool)
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-        scripts.stop()
+    os.environ["OMP_NUM_THREADS"] = "1"
+    import train  # noqa: F401  once, before the runs are forked
+    os.chdir(ROOT)
+    failed = sweep(args, time.monotonic() + 60 * args.minutes)
     held.close()
-    if failed:
-        sys.exit(1)
+    sys.exit(1 if failed else 0)
 
 
 if __name__ == "__main__":
