@@ -377,7 +377,7 @@ def test_the_knobs_fit_on_two_pages(monkeypatch, capsys):
     told = capsys.readouterr().out
     assert len(told.splitlines()) <= 150
     assert "(default: None)" not in told
-    assert "(0.0003 | 3e-05)" in " ".join(told.split())  # what each preset has
+    assert "(0.0005 | 3e-05)" in " ".join(told.split())  # what each preset has
     parser = arguments("")
     train.add_flags(parser)
     assert len(parser._actions) - 1 <= 42  # the first is --help
