@@ -9,6 +9,7 @@ import ast
 import gc
 import itertools
 import json
+import math
 import os
 import resource
 import shlex
@@ -883,6 +884,13 @@ def test_the_student_and_its_moments_wait_for_the_critic(world, monkeypatch):
             if name.startswith("step/"):
                 expected = 4 if name.startswith("step/critic.") else 2
                 assert state.get_tensor(name) == expected
+
+
+def test_a_critic_that_has_diverged_is_refused_in_its_warm_up(monkeypatch):
+    """Before the student has learnt anything that could be lost."""
+    monkeypatch.setattr(train, "optimiser_step", lambda *_, **__: ([], math.inf, False))
+    with pytest.raises(InputError, match="critic's gradient is not finite"):
+        train.warm_up_critic(None, [], settings(critic_warmup=1))
 
 
 # ---- The loop ------------------------------------------------------------------------------------

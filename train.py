@@ -573,7 +573,10 @@ def warm_up_critic(run, samples, args):
     (Table 3: 20 epochs). Its targets, and in the end the advantages, are computed with each critic
     anew. Returns the samples."""
     for _ in range(args.critic_warmup):
-        optimiser_step(run, samples, args, warm_up=True)
+        _, _, is_finite = optimiser_step(run, samples, args, warm_up=True)
+        if not is_finite:
+            raise InputError("the critic's gradient is not finite before the first update; expected "
+                             "a --critic that has not diverged")
         samples = share_credit(samples, run, args)
     return samples
 

@@ -654,6 +654,7 @@ pieces = st.lists(st.sampled_from(PIECES), max_size=25).map("".join)
 @example(gold="2^{8000}", answer="\\sqrt{2}", completion="\\boxed{{{}}}")
 @example(gold="5", answer="(" * 390 + "5", completion="\\boxed{{{}}}")
 def test_no_text_raises(gold, answer, completion):
+    """Whatever a model may write."""
     text = completion.format(answer)
     found = extract_answer(text)
     assert found is None or found != ""

@@ -30,6 +30,7 @@ def read(path):
 
 
 def test_gsm8k_becomes_problems_and_traces(tmp_path):
+    """Two problems as published; only the worked one is a trace."""
     source = write(tmp_path / "test.jsonl", "\n".join(ROWS))
     prepare.prepare("gsm8k", source, f"{tmp_path}/out")
     problems = read(f"{tmp_path}/out/test.jsonl")
@@ -75,6 +76,7 @@ def test_answers_without_a_solution(tmp_path):
 
 
 def test_a_bad_line_is_named_by_the_users_file(tmp_path):
+    """Not by the copy that is read."""
     source = write(tmp_path / "test.jsonl", ROWS[0] + '\n{"question": "torn')
     with pytest.raises(InputError, match=f"^{source}, line 2"):
         prepare.prepare("gsm8k", source, f"{tmp_path}/out")
@@ -111,6 +113,7 @@ def test_the_embedded_world_replaces_nothing_of_others(tmp_path, names):
 
 
 def test_the_embedded_world_replaces_its_own_files(tmp_path):
+    """Another seed, in a folder that holds what the command made before."""
     def make_world(folder, seed):
         for name in prepare.PROBLEMS + prepare.TREES:
             write(f"{folder}/{name}", f"seed {seed}")
@@ -232,6 +235,7 @@ def test_who_misreads_goes_on_consistently(slip):
 
 
 def test_most_of_what_the_student_learns_is_wrong():
+    """The share that is right, and that rewards say which."""
     traces = prepare.make_traces("noisy", 400, True, 0, set())
     assert 0.1 < sum(trace["reward"] for trace in traces) / len(traces) < 0.5
     for trace in traces:
@@ -271,6 +275,7 @@ def test_no_embedded_problem_is_in_two_sets():
 
 
 def test_the_embedded_problems_are_what_the_seed_makes(tmp_path):
+    """All but models and trees, which take half an hour."""
     folder = os.path.join(prepare.HERE, "arithmetic")
     done = subprocess.CompletedProcess([], 0)
     with patch.object(prepare, "make_traces", return_value=[]), \
@@ -283,6 +288,7 @@ def test_the_embedded_problems_are_what_the_seed_makes(tmp_path):
 
 # ---- The command ---------------------------------------------------------------------------------
 def test_the_command(tmp_path):
+    """From a local file; an unknown flag is one line and status 2."""
     source = write(tmp_path / "test.jsonl", "\n".join(ROWS))
     script = os.path.join(prepare.HERE, "prepare.py")
     command = [sys.executable, script, "gsm8k", "--source", source, "--out", f"{tmp_path}/out"]

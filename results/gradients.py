@@ -30,7 +30,8 @@ What is found of an estimator, each with its 95 % interval:
 Here y is an unbiased estimate of the gradient, REFERENCE, and a product of two means, such as
 |E x|^2 = <E x, E x>, is estimated by products between groups of different problems alone. So is
 <E x, E y>: what is compared with the gradient of the objective is never compared on the same
-samples. Where there are more groups than problems, those of one problem are averaged first.
+samples. Where there are more groups than problems, those of one problem are averaged first. An
+estimate by products is not bounded: a square can come out below 0, a cosine above 1.
 """
 import os
 import sys
@@ -269,7 +270,8 @@ def mean_by_problem(values, probes):
     _, problem = np.unique([probe.problem for probe in probes], return_inverse=True)
     total = np.zeros((problem.max() + 1, *values.shape[1:]))
     np.add.at(total, problem, values)
-    return (total.T / np.bincount(problem)).T
+    groups = np.bincount(problem)
+    return (total.T / groups).T
 
 
 def mean(values):
@@ -333,10 +335,13 @@ def assess_all(probes):
     gradients = {}
     squares = {}
     for name, advantages in all_advantages(probes).items():
-        shares = advantages / advantages.shape[1]  # (G, N)
-        x = [a @ p.projected for a, p in zip(shares, probes)]
+        x = []       # of each group its gradient
+        square = []  # and the squared norm of that
+        for a, probe in zip(advantages / advantages.shape[1], probes):
+            x.append(a @ probe.projected)
+            square.append(a @ probe.gram @ a)
         gradients[name] = mean_by_problem(x, probes)
-        squares[name] = mean_by_problem([a @ p.gram @ a for a, p in zip(shares, probes)], probes)
+        squares[name] = mean_by_problem(square, probes)
     y = gradients[REFERENCE]
     flat = assess(gradients["flat"], squares["flat"], y)
     lines = []
@@ -361,11 +366,14 @@ def describe(probes):
     """What the groups are like, before any estimator."""
     live = [probe.group for probe in probes if np.ptp(probe.group.rewards) > 0]
     figures = [advantage.metrics(advantage.centred(group.rewards), group) for group in live]
-    order = [np.isfinite(row["sat_triplet"]) for row in figures]
-    return dict(groups=len(probes), problems=len({probe.problem for probe in probes}),
-                solved=rounded(np.mean([probe.group.solved.mean() for probe in probes])),
-                dead=rounded(1 - len(live) / len(probes)), triplets=rounded(np.mean(order)),
-                sat=rounded(np.nanmean([row["sat"] for row in figures])))
+    order = [np.isfinite(row["sat_triplet"]) for row in figures]  # has it a triplet?
+    return dict(
+        groups=len(probes),
+        problems=len({probe.problem for probe in probes}),
+        solved=rounded(np.mean([probe.group.solved.mean() for probe in probes])),
+        dead=rounded(1 - len(live) / len(probes)),  # a share, as the next two
+        triplets=rounded(np.mean(order)),
+        sat=rounded(np.nanmean([row["sat"] for row in figures])))
 
 
 def rounded(value):
@@ -490,8 +498,15 @@ def main():
     rows = measure(run, trees, args, own.groups, path)
     held.close()
     probes = [read_probe(row, args.alpha) for row in rows]
-    about = dict(label=own.label, model=args.model, adapter=args.adapter, trees=args.trees,
-                 group=args.group, alpha=args.alpha, seed=args.seed) | describe(probes)
+    about = dict(
+        label=own.label,
+        model=args.model,
+        adapter=args.adapter,
+        trees=args.trees,
+        group=args.group,
+        alpha=args.alpha,
+        seed=args.seed)
+    about |= describe(probes)
     lines = [about | line for line in assess_all(probes)]
     others = []
     if os.path.exists(own.out):

@@ -62,6 +62,7 @@ def test_products_give_the_gradient_that_training_sees(world, group, method):
 
 
 def test_spread_is_the_squared_gradient_of_the_logits(world, group):
+    """sum_t |e_y - p|^2, by autograd."""
     run, _, args = world
     samples, row = group
     for sample, spread in zip(samples, row["spread"]):
@@ -75,6 +76,7 @@ def test_spread_is_the_squared_gradient_of_the_logits(world, group):
 
 
 def test_samples_are_continued_and_other_settings_refused(world, tmp_path):
+    """More groups go on from the file; another seed wants another file."""
     run, trees, args = world
     path = str(tmp_path / "samples.jsonl")
     first = gradients.measure(run, trees, args, 2, path)
@@ -87,6 +89,7 @@ def test_samples_are_continued_and_other_settings_refused(world, tmp_path):
 
 
 def test_projection_keeps_products():
+    """Within three standard errors, as its docstring bounds them."""
     rng = np.random.default_rng(0)
     x = torch.from_numpy(rng.normal(size=(2, 20_000)).astype(np.float32)) + 0.5
     exact = x @ x.T
@@ -128,12 +131,12 @@ MEAN = 0.15
 DEVIATION = np.linspace(0.5, 1.5, 10)
 
 
-def draw(rng, G):
+def draw(rng, G, mean=MEAN):
     """(G, 10) gradients of `flat`, of a better estimator on the same samples, and of the reference.
     Their noise is large beside their mean, as it is in training. The efficiency is 1 / 0.7^2."""
     noise = rng.exponential(size=(G, 10)) - 1  # skewed, as gradients are
-    flat = MEAN + noise * DEVIATION
-    other = 0.5 * (MEAN + 0.7 * (0.8 * noise + 0.6 * rng.normal(size=(G, 10))) * DEVIATION)
+    flat = mean + noise * DEVIATION
+    other = 0.5 * (mean + 0.7 * (0.8 * noise + 0.6 * rng.normal(size=(G, 10))) * DEVIATION)
     return flat, other, other + 0.1 * rng.normal(size=(G, 10))
 
 
@@ -144,6 +147,7 @@ def efficiency(flat, other, y):
 
 
 def test_estimates_are_unbiased():
+    """Norm and variance over many draws; the squared mean itself is far above the norm."""
     rng = np.random.default_rng(0)
     norm = []
     naive = []
@@ -172,20 +176,22 @@ def test_left_out_groups_are_left_out():
     assert products[0] == pytest.approx(table.mean())
 
 
-def test_intervals_hold_as_often_as_they_say():
-    """The jackknife's 95 % intervals of the efficiency and of the squared norm."""
+@pytest.mark.parametrize("mean, at_most", [(MEAN, 0.99), (MEAN / 4, 1.0)])
+def test_intervals_hold_as_often_as_they_say(mean, at_most):
+    """The jackknife's 95 % intervals of the efficiency and of the squared norm. Where there is more
+    noise than signal, they hold more often."""
     rng = np.random.default_rng(1)
     held = dict(efficiency=0, norm=0)
     runs = 400
     for _ in range(runs):
-        flat, other, y = draw(rng, 100)
+        flat, other, y = draw(rng, 100, mean)
         _, low, high = ratio_interval(efficiency(flat, other, y))
         held["efficiency"] += low < 1 / 0.49 < high
         _, low, high = interval(product_of_means(flat, flat))
-        held["norm"] += low < 10 * MEAN ** 2 < high
+        held["norm"] += low < 10 * mean ** 2 < high
     print(held)
-    assert 0.92 * runs <= held["efficiency"] <= 0.99 * runs
-    assert 0.92 * runs <= held["norm"] <= 0.99 * runs
+    assert 0.92 * runs <= held["efficiency"] <= at_most * runs
+    assert 0.92 * runs <= held["norm"] <= at_most * runs
 
 
 def test_a_bootstrap_would_take_a_copy_for_another_group():
@@ -204,6 +210,7 @@ def test_a_bootstrap_would_take_a_copy_for_another_group():
 
 # ---- The summary ---------------------------------------------------------------------------------
 def test_table_and_picture(tmp_path):
+    """A number that could not be estimated is a dash, and no reason to stop."""
     lines = []
     for name, value in (("flat", 1.0), ("optimal", None)):
         line = dict(label="easy", estimator=name, groups=10, problems=5, group="tree", solved=0.5,

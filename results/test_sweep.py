@@ -58,6 +58,7 @@ def test_rate_within_is_chosen_at_once():
 
 @pytest.mark.parametrize("edge, beyond", BEYOND.items())
 def test_rate_at_an_edge_waits_for_the_one_beyond(edge, beyond):
+    """Nothing is chosen before that has run; then the better of the two is."""
     finished = chosen("easy", "flat", edge)
     scored = sweep.rate_scores(finished, "easy", "flat")
     assert sweep.rates_to_try(scored) == [*RATES, beyond]
@@ -82,6 +83,7 @@ def test_rate_counts_with_both_seeds_only():
 
 # ---- The order of runs ---------------------------------------------------------------------------
 def test_plan_begins_with_choices_row_by_row():
+    """With an empty log nothing but the choice of rates can start."""
     args = sweep.parse_args([])
     jobs = sweep.plan({}, args)
     assert len(jobs) == len(set(jobs)) == len(ROWS) * len(SETS) * len(RATES) * len(CHOICE)
@@ -110,6 +112,7 @@ def test_plan_of_stages():
 
 
 def test_flags_of_each_stage():
+    """val alone while a rate is chosen; updates instead of tokens in their stage; never test."""
     args = sweep.parse_args(["--out", "/runs"])
     finished = chosen("hard", "grpo", 5e-4)
     job = Job("hard", "grpo", "choose", 5e-4, 100)
@@ -128,6 +131,7 @@ def test_flags_of_each_stage():
 
 # ---- The log -------------------------------------------------------------------------------------
 def test_merged_logs_count_each_run_once(tmp_path):
+    """Of two lines of one run the first counts."""
     job = Job("easy", "flat", "final", 5e-4, 0)
     other = job._replace(set="hard")
     lines = [line_of(job, 0.5), line_of(other, 0.6), line_of(job, 0.7)]
@@ -146,6 +150,7 @@ def test_line_of_another_file_is_refused(tmp_path):
 
 
 def test_summary_of_a_run(tmp_path):
+    """A line of the log from the files that a run leaves."""
     log = [{"step": 0, "eval_accuracy": 0.25}]
     for step in range(1, 21):
         log.append({"step": step, "tokens": 100 * step, "loss": 0.0, "entropy": step / 10,
@@ -172,6 +177,7 @@ def test_holm_by_hand():
 
 
 def test_comparison_is_paired_by_seed():
+    """Seeds that only one of the rows has do not count."""
     finished = final("easy", "flat", [0.5, 0.6, 0.7]) | final("easy", "grpo", [0.48, 0.57, 0.66])
     del finished[Job("easy", "flat", "final", 5e-4, 1)]
     one = plot.compare(finished, "flat", "grpo", "easy", "greedy")
@@ -186,6 +192,7 @@ def test_comparison_is_paired_by_seed():
     (3.0, 0.2, "a is probably ahead of b"), (-3.0, 0.2, "b is probably ahead of a"),
     (1.0, 1.0, "a and b are not told apart"), (np.nan, 1.0, "a and b are not measured")])
 def test_same_words_for_the_same_strength(difference, holm, words):
+    """Whichever row is ahead, and by whichever sign."""
     seeds = 0 if np.isnan(difference) else 5
     one = plot.Comparison("a", "b", "easy", "greedy", seeds, difference, 2.0, 0.01, holm)
     assert one.verdict() == words
@@ -197,6 +204,7 @@ def test_same_words_for_the_same_strength(difference, holm, words):
 
 
 def test_family_is_every_planned_test_whether_run_or_not():
+    """A test that was not run still costs its share of the correction."""
     greedy = [0.60, 0.61, 0.62, 0.60, 0.61]
     finished = final("easy", "grpo", greedy) | final("easy", "expectation", np.add(greedy, [
         0.2, 0.21, 0.2, 0.21, 0.2]))
@@ -210,6 +218,7 @@ def test_family_is_every_planned_test_whether_run_or_not():
 # ---- One command ---------------------------------------------------------------------------------
 @pytest.fixture
 def finished():
+    """A log of five rows on both sets."""
     draw = np.random.default_rng(0)
     lines = {}
     for name in SETS:
@@ -222,6 +231,7 @@ def finished():
 
 
 def test_report(finished, tmp_path):
+    """Tables, pictures and README's part, twice the same."""
     pytest.importorskip("matplotlib")
     path = write_log(tmp_path / "sweep.jsonl", finished)
     (tmp_path / "search.json").write_text('{"easy": 554, "hard": 800}')
