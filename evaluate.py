@@ -19,10 +19,13 @@ import re
 import signal
 import sys
 import warnings
+from collections import deque
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from itertools import chain
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 from zlib import crc32
 
 PARENT = os.getppid()  # before torch is imported, which takes seconds; see `distributed`
@@ -33,9 +36,13 @@ import torch.distributed as dist
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 from scipy.stats import binomtest
+from torch.nn.functional import scaled_dot_product_attention
 from tqdm import tqdm
-from transformers import (AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer,
-                          DynamicCache)
+from transformers import (AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM,
+                          AutoModelForTokenClassification, AutoTokenizer, DynamicCache)
+from transformers.cache_utils import Cache, StaticLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 from transformers.utils import logging
 
 from data.grade import equal, extract_answer, is_correct, is_solved
@@ -49,6 +56,9 @@ warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|p
 INSTRUCTION = ("Solve the problem step by step. Separate the steps by blank lines. "
                "End with \"The answer is \\boxed{...}.\"")
 FIXED_DATE = "{% macro strftime_now(format) %}01 Jan 2025{% endmacro %}{{ '' }}"
+ROOM = 16  # columns that a cache has for new tokens, where the steps of decoding are not compiled
+COMPILE = None  # whether they are compiled: None is on CUDA alone (--compile, --no_compile)
+COMPILER = dict(backend="inductor")  # of torch.compile; its kernels are then recorded as a graph
 BASE_WEIGHTS = "base_weights.json"  # beside an adapter: the checksum of the weights it is for
 
 
@@ -129,6 +139,7 @@ def load_weights(auto_class, path, dtype, new_weights=(), **how):
     try:
         try:
             model, report = read(attn_implementation="sdpa")
+            model.set_attn_implementation("grouped")
         except ValueError:  # some families have no such attention
             model, report = read(attn_implementation="eager")
         missing = {str(key) for key in [*report["missing_keys"], *report["mismatched_keys"]]}
@@ -348,6 +359,27 @@ def check_prompts(model, prompts, max_new_tokens):
                          "of the model")
 
 
+# ---- Attention -----------------------------------------------------------------------------------
+def grouped_attention(module, query, key, value, attention_mask, scaling=None, **how):
+    """transformers' sdpa attention, but where each row has one token: there the heads that share a
+    key are the queries of one head, which makes no copies of the keys for them, compiled or not.
+
+    query (B, heads, Q, head_dim), key and value (B, groups, K, head_dim), mask (B, 1, Q, K)
+    """
+    rows, heads, length, size = query.shape
+    if length > 1 or heads == key.shape[1]:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling,
+                                      **how)
+    query = query.reshape(rows, key.shape[1], -1, size)
+    output = scaled_dot_product_attention(query, key, value, attn_mask=attention_mask,
+                                          scale=scaling)
+    return output.reshape(rows, 1, heads, -1), None
+
+
+AttentionInterface.register("grouped", grouped_attention)
+AttentionMaskInterface.register("grouped", sdpa_mask)
+
+
 # ---- Log-probs of packed rows --------------------------------------------------------------------
 def attention_masks(model, visible, query_position, key_position):
     """What may be seen, (B, 1, Q, K) bool, as this model's layers want to be told.
@@ -513,11 +545,15 @@ def with_less_memory(work, size):
         try:
             return work(size), size
         except RuntimeError as error:
-            full = isinstance(error, torch.OutOfMemoryError) or "t allocate memory" in str(error)
-            if not full or size == 1:
+            if not is_out_of_memory(error) or size == 1:
                 raise
         size = size // 2
         print(f"out of memory; going on with {size} at a time, the same results", flush=True)
+
+
+def is_out_of_memory(error):
+    """Whether this error is that of CUDA's allocator or of the CPU's."""
+    return isinstance(error, torch.OutOfMemoryError) or "t allocate memory" in str(error)
 
 
 def peak_memory():
@@ -529,9 +565,8 @@ def peak_memory():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
-@torch.inference_mode()
 def generate(model, tokenizer, prompts, max_new_tokens, temperature=1.0, seeds=None,
-             stop_at_blank=False, batch_size=256, return_logps=False, progress=False):
+             stop_at_blank=False, batch_size=256, return_logps=False):
     """Complete prompts: lists of ids in, lists of ids out, as sampled, end token kept.
 
     temperature     0 is greedy. No top-k, no top-p, no penalty.
@@ -539,36 +574,20 @@ def generate(model, tokenizer, prompts, max_new_tokens, temperature=1.0, seeds=N
     stop_at_blank   True, or one flag a prompt: end with the first blank line after some text
     batch_size      how many completions are decoded side by side
     return_logps    return (completions, logps), the log-prob of each id at this temperature
-    progress        show a bar
     Raises InputError where log-probs are not finite: the model has diverged.
     """
-    if not all(prompts):
-        raise ValueError("a prompt without tokens cannot be completed; expected at least one id")
     seeds = seeds or [(0, k) for k in range(len(prompts))]
     stops = np.broadcast_to(stop_at_blank, len(prompts))
-    order = list(chain(*shared_rows(prompts)))
-
-    def sample(size):
-        completions = [None] * len(prompts)
-        logps = [None] * len(prompts)
-        starts = range(0, len(order), size)
-        for start in tqdm(starts, disable=not progress, leave=False, dynamic_ncols=True):
-            numbers = order[start:start + size]
-            uniform = np.stack([rng(*seeds[k]).random(max_new_tokens) for k in numbers])
-            batch = decode_batch(model, tokenizer, [prompts[k] for k in numbers], uniform,
-                                 stops[numbers], temperature)
-            for k, ids, values in zip(numbers, *batch):
-                completions[k] = ids
-                logps[k] = values
-        return completions, logps
-
     was_training = model.training
-    model.eval()
-    (completions, logps), _ = with_less_memory(sample, batch_size)
+    decoder = Decoder(model, tokenizer, max(1, min(batch_size, len(prompts))))
+    for k in chain(*shared_rows(prompts)):
+        decoder.add(Completion(k, prompts[k], max_new_tokens, temperature, seeds[k], stops[k]))
+    done = sorted(decoder.run(), key=lambda completion: completion.key)
     model.train(was_training)
+    ids = [completion.ids for completion in done]
     if return_logps:
-        return completions, logps
-    return completions
+        return ids, [completion.logps for completion in done]
+    return ids
 
 
 def shared_rows(prompts):
@@ -588,154 +607,407 @@ def shared_rows(prompts):
 def prefill(model, prompts):
     """Compute each distinct token of N prompts once, then give each prompt its own copy.
 
-    The last token of each is left for the first step of decoding. Returns the cache, keys and
-    values (N, heads, T, head_dim) a layer, and the tokens' places in their prompts, (N, T). Both
-    are padded on the left, where the place is negative.
+    The last token of each is left for the first step of decoding. Returns the (keys, values) of
+    each layer, both (N, heads, T, head_dim), padded on the left.
     """
-    longest = max(len(prompt) - 1 for prompt in prompts)
-    position = torch.arange(longest).repeat(len(prompts), 1)
-    cache = DynamicCache()
-    if longest == 0:
-        return cache, position.to(model.device)
+    longest = max(len(prompt) for prompt in prompts) - 1
     rows = shared_rows(prompts)
     packed = []
     for row in rows:
-        packed.append(pack([prompts[k][:-1] for k in row]))
-    ids, packed_position, mask = pad_rows(packed, model)
-    shared = DynamicCache()  # a plain one: those that a model makes for its windows forget
-    model(ids, attention_mask=mask, position_ids=packed_position, past_key_values=shared,
-          use_cache=True, logits_to_keep=1)
+        packed.append(pack([prompts[k][:-1] or prompts[k] for k in row]))
+    ids, position, mask = pad_rows(packed, model)
+    cache = DynamicCache()  # a plain one: those that a model makes for its windows forget
+    model(ids, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True,
+          logits_to_keep=1)
     row_of = torch.zeros(len(prompts), 1, dtype=torch.long)
     place = torch.zeros(len(prompts), longest, dtype=torch.long)  # in the packed row
     for k, (r, path) in zip(chain(*rows), paths_of(packed)):
+        length = len(prompts[k]) - 1
         row_of[k] = r
-        place[k, longest - len(path):] = torch.from_numpy(path)
-        position[k] -= longest - len(path)
-    for number, layer in enumerate(shared.layers):
+        place[k, longest - length:] = torch.from_numpy(path[:length])
+    row_of = row_of.to(model.device)
+    place = place.to(model.device)
+    layers = []
+    for layer in cache.layers:
         keys = layer.keys[row_of, :, place].transpose(1, 2)
         values = layer.values[row_of, :, place].transpose(1, 2)
-        cache.update(keys, values, number)
-    return cache, position.to(model.device)
+        layers.append((keys, values))
+    return layers
 
 
 def sample_token(logits, temperature, uniform):
     """Next tokens (N,) and their log-probs under softmax(logits / temperature); argmax at 0.
 
-    logits (N, V), uniform (N,) in [0, 1). The cumulative distribution is inverted at the row's own
-    random number: a completion depends on its seed alone, not on who else is in the batch.
+    logits (N, V), temperature (N,), uniform (N,) in [0, 1), or None where all are greedy. The
+    cumulative distribution is inverted at the row's own random number: a completion depends on its
+    seed alone, not on who else is in the batch.
     """
-    logps = torch.log_softmax(logits.float() / (temperature or 1.0), dim=-1)
-    if temperature == 0:
-        token = logps.argmax(-1)
-    else:
+    greedy = temperature == 0
+    logps = torch.log_softmax(logits.float() / temperature.where(~greedy, 1.0)[:, None], dim=-1)
+    token = logps.argmax(-1)
+    if uniform is not None:
         cumulative = logps.exp().cumsum(-1, dtype=torch.float64)
         threshold = uniform * cumulative[:, -1]
-        token = torch.searchsorted(cumulative, threshold[:, None], right=True)[:, 0]
-        token = token.clamp(max=logits.shape[1] - 1)
+        drawn = torch.searchsorted(cumulative, threshold[:, None], right=True)[:, 0]
+        token = token.where(greedy, drawn.clamp(max=logits.shape[1] - 1))
     return token, logps.gather(1, token[:, None])[:, 0]
 
 
-@lru_cache(maxsize=4)
-def tokens_with_newline(tokenizer, vocabulary):
-    """(V,) bool: a blank line can only be complete where such a token was sampled."""
-    texts = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
-    found = torch.zeros(vocabulary, dtype=torch.bool)
-    found[:len(texts)] = torch.tensor(["\n" in text for text in texts])
-    return found
+def decode_step(model, cache, last, position, temperature, uniform):
+    """The next token of N sequences, (N,) ids and log-probs. Its work is on tensors alone, whose
+    shapes stay the same, so that it can be compiled.
 
-
-def decode_batch(model, tokenizer, prompts, uniform, stops, temperature):
-    """Complete N prompts side by side: lists of ids, and of their log-probs.
-
-    uniform (N, T) one random number a token; stops (N,) whether to end at a blank line. When an
-    eighth of the batch has ended it leaves: sooner, copying the others would cost more.
+    cache          of StaticLayers; all sequences end in the same column, where their last ids go
+    last, position (N,) the last id of each, and its place in its sequence
     """
-    device = model.device
-    count, steps = uniform.shape
-    cache, seen_position = prefill(model, prompts)
-    last = torch.tensor([prompt[-1] for prompt in prompts], device=device)
-    position = torch.tensor([len(prompt) - 1 for prompt in prompts], device=device)
-    uniform = torch.from_numpy(uniform).to(device)
-    stops = torch.from_numpy(stops.copy()).to(device)
-    vocabulary = model.config.get_text_config().vocab_size
-    newline = tokens_with_newline(tokenizer, vocabulary).to(device)
-    ends = torch.zeros(vocabulary, dtype=torch.bool, device=device)
-    ends[eos_ids(model, tokenizer)] = True
-    ids = torch.zeros(count, steps, dtype=torch.long, device=device)
-    logps = torch.zeros(count, steps, device=device)
-    lengths = torch.full((count,), steps, device=device)
-    active = torch.arange(count, device=device)  # which completion each row of the batch is
-    ended = torch.zeros(count, dtype=torch.bool, device=device)
-    for t in range(steps):
-        seen_position = torch.cat([seen_position, position[:, None]], dim=1)
-        mask = attention_masks(model, seen_position[:, None, None] >= 0, position[:, None],
-                               seen_position)
-        logits = model(last[:, None], attention_mask=mask, position_ids=position[:, None],
-                       past_key_values=cache, use_cache=True).logits[:, -1]
-        last, logp = sample_token(logits, temperature, uniform[active, t])
-        ids[active, t] = last
-        logps[active, t] = logp
-        ends_now = ends[last]
-        for k in (stops[active] & newline[last] & ~ended).nonzero()[:, 0].tolist():
-            text = tokenizer.decode(ids[active[k], :t + 1].tolist())
-            ends_now[k] |= BLANK_LINE.search(text.lstrip()) is not None
-        lengths[active[ends_now & ~ended]] = t + 1
-        ended |= ends_now
-        position = position + 1
-        if ended.sum() * 8 >= len(active):
-            kept = (~ended).nonzero()[:, 0]
-            if len(kept) == 0:
-                break
-            cache.batch_select_indices(kept)
-            seen_position = seen_position[kept]
-            last = last[kept]
-            position = position[kept]
-            active = active[kept]
-            ended = ended[kept]
-    if not logps.isfinite().all():
-        raise InputError("the log-probs of a completion are not finite numbers. Expected a model "
-                         "that has not diverged; a lower learning rate may help.")
-    lengths = lengths.tolist()
-    ids = [row[:length] for row, length in zip(ids.tolist(), lengths)]
-    logps = [row[:length] for row, length in zip(logps.tolist(), lengths)]
-    return ids, logps
+    layer = cache.layers[0]
+    columns = torch.arange(layer.max_cache_len, device=last.device) - layer.cumulative_length
+    place = columns + position[:, None]  # of what each column holds, in its sequence (N, C)
+    visible = (place >= 0) & (columns <= 0)
+    mask = attention_masks(model, visible[:, None, None], position[:, None], place)
+    logits = model(last[:, None], attention_mask=mask, position_ids=position[:, None],
+                   past_key_values=cache, use_cache=True).logits[:, -1]
+    return sample_token(logits, temperature, uniform)
+
+
+@lru_cache(maxsize=4)
+def tokens_with_newline(tokenizer):
+    """The ids of these tokens: a blank line can only be complete where one was sampled."""
+    texts = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
+    return {token for token, text in enumerate(texts) if "\n" in text}
+
+
+@dataclass
+class Completion:
+    """A prompt, and what has been sampled behind it so far."""
+    key: object                # the caller's name for it
+    prompt: list
+    max_new_tokens: int
+    temperature: float         # 0 is greedy
+    seed: tuple                # of its random numbers: the arguments of tree.rng
+    stop_at_blank: bool        # end with the first blank line after some text
+    ids: list = field(default_factory=list)     # end token included
+    logps: list = field(default_factory=list)   # of each id, at this temperature
+    uniform: np.ndarray = None                  # a random number for each token
+
+
+@cache
+def compiled_step():
+    """`decode_step`, compiled for each model, number of rows and of columns at its first use."""
+    config = torch._dynamo.config
+    limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
+    setattr(config, limit, 64)  # of such shapes
+    return torch.compile(decode_step, fullgraph=True, dynamic=False, **COMPILER)
+
+
+class Step:
+    """`decode_step` in a cache of so many rows and columns.
+
+    On CUDA a compiled one is recorded as a graph, and replayed: PyTorch's own checks whether what
+    was compiled still holds take longer than the step, with LoRA in each of 200 matrices. A graph
+    reads the weights where they are, so it sees what the optimiser has made of them.
+    """
+
+    def __init__(self, model, rows, columns, compiled):
+        self.model = model
+        self.rows = rows
+        self.columns = columns
+        self.compiled = compiled
+        self.layers = []
+        self.graph = None
+
+    def fill(self, number, parts, width):
+        """Put the (keys, values) of all parts, each (n, heads, T, head_dim), below each other in a
+        layer, so that all end in the column before `width`, where the next token goes."""
+        if number == len(self.layers):
+            layer = StaticLayer(self.columns)
+            layer.lazy_initialization(*[part[:1].expand(self.rows, -1, -1, -1)
+                                        for part in parts[0]])
+            self.layers.append(layer)
+        layer = self.layers[number]
+        row = 0
+        for keys, values in parts:
+            end = row + len(keys)
+            layer.keys[row:end, :, width - keys.shape[2]:width] = keys
+            layer.values[row:end, :, width - keys.shape[2]:width] = values
+            row = end
+        layer.cumulative_length.fill_(width)
+
+    def __call__(self, used, inputs):
+        """decode_step(model, cache, *inputs), where so many columns are used."""
+        if not self.compiled:
+            return decode_step(self.model, Cache(self.layers), *inputs)
+        if inputs[0].device.type != "cuda":
+            return compiled_step()(self.model, Cache(self.layers), *inputs)
+        if self.graph is None:
+            self.record(used, inputs)
+        for place, value in zip(self.inputs, inputs):
+            place.copy_(value)
+        self.graph.replay()
+        return self.outputs
+
+    def rewind(self, used):
+        """Let the next token go into this column."""
+        for layer in self.layers:
+            layer.cumulative_length.fill_(used)
+
+    def record(self, used, inputs):
+        """Record the kernels of one step as a CUDA graph, after two steps that compile them."""
+        self.inputs = [value.clone() for value in inputs]
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            for _ in range(2):
+                compiled_step()(self.model, Cache(self.layers), *self.inputs)
+                self.rewind(used)
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=graph_memory()):
+            self.outputs = compiled_step()(self.model, Cache(self.layers), *self.inputs)
+        self.rewind(used)
+        self.graph = graph
+
+
+@cache
+def graph_memory():
+    """The memory that all graphs share: never do two of them run at once."""
+    return torch.cuda.graph_pool_handle()
+
+
+KEPT = WeakKeyDictionary()  # model -> its compiled Steps, for the next Decoder
+
+
+class Decoder:
+    """Completes prompts side by side in `slots` rows, each filled again when its completion ends.
+
+    Keys and values stand in transformers' StaticLayers. The sequences of all rows end in the same
+    column, so that one index says where the next token goes. When rows end or begin, or the columns
+    are full, `arrange` lays them out anew. A compiled step wants few shapes: then rows leave in
+    quarters, columns are a power of two, and the Steps are kept for the next Decoder.
+    """
+
+    def __init__(self, model, tokenizer, slots):
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.slots = slots
+        self.compiled = model.device.type == "cuda" if COMPILE is None else COMPILE
+        self.ends = set(eos_ids(model, tokenizer))
+        self.newlines = tokens_with_newline(tokenizer)
+        self.waiting = deque()
+        self.rows = []       # a Completion, or None where one has ended
+        self.now = None      # the Step for these rows
+        self.used = 0        # columns of its cache
+        self.kept = KEPT.pop(model, {})  # (rows, columns) -> compiled Step
+        self.work = 0        # completions at work, summed over all steps
+        self.room = 0        # slots, summed over all steps
+        self.busy = 1.0      # work / room, up to the tail: when the last completion began
+
+    def add(self, completion):
+        """Complete this when a slot is free."""
+        if not completion.prompt:
+            raise ValueError("a prompt without tokens cannot be completed; expected an id or more")
+        self.waiting.append(completion)
+
+    def run(self):
+        """Yield each completion as it ends, until none is left."""
+        while self.waiting or any(self.rows):
+            yield from self.step()
+        KEPT[self.model] = self.kept
+
+    def step(self):
+        """Sample one token in every row. Returns the completions that ended with it.
+
+        Where memory runs out, all that was under way is begun anew in half as many slots.
+        """
+        no_gradient = torch.no_grad if self.compiled else torch.inference_mode  # the latter is less
+        with no_gradient():                                                     # work, not compiled
+            ended, self.slots = with_less_memory(self.advance, self.slots)
+        return ended
+
+    def advance(self, slots):
+        """`step` in so many slots."""
+        if slots < self.slots:
+            self.begin_anew()
+        live = [k for k, row in enumerate(self.rows) if row]
+        new = []
+        count = min(len(self.waiting), slots - len(live))
+        if 8 * count >= len(live):  # an eighth at a time: to begin one takes as long as many
+            new = [self.waiting.popleft() for _ in range(count)]
+        rows = self.row_count(len(live) + len(new), slots)
+        full = self.now and self.used == self.now.columns
+        if new or full or 8 * (len(self.rows) - rows) >= len(self.rows):
+            self.arrange(live, new, rows)
+        if new and self.room:
+            self.busy = self.work / self.room
+        self.work += len(live) + len(new)
+        self.room += slots
+        tokens, logps = self.sample()
+        self.used += 1
+        ended = []
+        for k, row in enumerate(self.rows):
+            if row:
+                row.ids.append(tokens[k])
+                row.logps.append(logps[k])
+                if self.has_ended(row):
+                    ended.append(row)
+                    self.rows[k] = None
+        return ended
+
+    def begin_anew(self):
+        """Forget what has been sampled, and the keys and values. The same will be sampled again."""
+        for row in filter(None, self.rows[::-1]):
+            self.waiting.appendleft(replace(row, ids=[], logps=[]))
+        self.rows = []
+        self.now = None
+        self.kept = {}
+
+    def row_count(self, completions, slots):
+        """How many rows to decode so many completions in."""
+        if not self.compiled:
+            return completions
+        rows = slots
+        while rows >= 4 * completions:
+            rows //= 4
+        return rows
+
+    def arrange(self, live, new, rows):
+        """Lay out the cache anew in so many rows: those that are at work, then new completions.
+
+        live   the numbers of the rows at work
+        """
+        work = [self.rows[k] for k in live] + new
+        lengths = [len(row.prompt) + len(row.ids) - 1 for row in work]  # tokens in the cache
+        width = max(lengths)
+        columns = max(row.max_new_tokens - len(row.ids) for row in work)
+        if self.compiled:
+            columns = 1 << (width + columns - 1).bit_length()
+        else:  # attention passes over those without a token, too
+            columns = width + min(columns, ROOM)
+        step = self.kept.get((rows, columns)) or Step(self.model, rows, columns, self.compiled)
+        prompts = prefill(self.model, [row.prompt for row in new]) if new else []
+        begin = self.used - max(lengths[:len(live)], default=0)
+        index = torch.tensor(live, dtype=torch.long, device=self.model.device)
+        for k in range(len(prompts) or len(self.now.layers)):
+            parts = prompts[k:k + 1]
+            if live:
+                old = self.now.layers[k]
+                parts.insert(0, (old.keys[index, :, begin:self.used],
+                                 old.values[index, :, begin:self.used]))
+                if not self.compiled:
+                    self.now.layers[k] = None  # two whole caches would take twice the memory
+            step.fill(k, parts, width)
+        if self.compiled:
+            self.kept[rows, columns] = step
+        self.now = step
+        for row in new:
+            row.uniform = rng(*row.seed).random(row.max_new_tokens)
+        self.rows = work + [None] * (rows - len(work))
+        self.used = width
+
+    def sample(self):
+        """The next id of each row, and its log-prob: two lists."""
+        global COMPILE
+        last = []
+        position = []
+        temperature = []
+        uniform = []
+        for row in self.rows:
+            if row:
+                last.append(row.ids[-1] if row.ids else row.prompt[-1])
+                position.append(len(row.prompt) + len(row.ids) - 1)
+                temperature.append(row.temperature)
+                uniform.append(row.uniform[len(row.ids)])
+            else:  # what this row says is not heard
+                for values in (last, position, temperature, uniform):
+                    values.append(0)
+        tensor = partial(torch.tensor, device=self.model.device)
+        draws = None  # all are greedy
+        if self.compiled or any(temperature):
+            draws = tensor(uniform, dtype=torch.float64)
+        inputs = [tensor(last), tensor(position), tensor(temperature, dtype=torch.float32), draws]
+        try:
+            tokens, logps = self.now(self.used, inputs)
+        except Exception as error:
+            if not self.compiled or is_out_of_memory(error):
+                raise
+            say(f"decoding is not compiled: {type(error).__name__}, {shorten(str(error))}")
+            self.compiled = self.now.compiled = COMPILE = False
+            self.kept = {}
+            self.now.rewind(self.used)
+            tokens, logps = self.now(self.used, inputs)
+        return tokens.tolist(), logps.tolist()
+
+    def has_ended(self, row):
+        """Whether this completion is done. InputError where its log-probs are not finite."""
+        if not math.isfinite(row.logps[-1]):
+            raise InputError("the log-probs of a completion are not finite numbers. Expected a "
+                             "model that has not diverged; a lower learning rate may help.")
+        if row.stop_at_blank and row.ids[-1] in self.newlines:
+            text = self.tokenizer.decode(row.ids)
+            if BLANK_LINE.search(text.lstrip()):
+                return True
+        return row.ids[-1] in self.ends or len(row.ids) == row.max_new_tokens
+
+
+def static_layer(keys, values, rows, columns):
+    """An empty StaticLayer for keys and values like these, (n, heads, T, head_dim)."""
+    layer = StaticLayer(columns)
+    layer.lazy_initialization(keys[:1].expand(rows, -1, -1, -1), values[:1].expand(rows, -1, -1, -1))
+    return layer
+
+
+def fill(layer, parts, width):
+    """Put the (keys, values) of all parts, each (n, heads, T, head_dim), below each other in a
+    StaticLayer, so that all end in the column before `width`, where the next token goes."""
+    row = 0
+    for keys, values in parts:
+        end = row + len(keys)
+        layer.keys[row:end, :, width - keys.shape[2]:width] = keys
+        layer.values[row:end, :, width - keys.shape[2]:width] = values
+        row = end
+    layer.cumulative_length.fill_(width)
 
 
 # ---- Scoring -------------------------------------------------------------------------------------
 def score(model, tokenizer, problems, max_new_tokens=512, samples=0, temperature=1.0, seed=0,
-          batch_size=256, encode_prefix=None, progress=False):
-    """Complete every problem greedily and `samples` times at `temperature`; one row a problem.
+          encode_prefix=None, decoder=None):
+    """Complete every problem greedily and `samples` times at `temperature`. Yields one row a
+    problem, in their order.
 
     A row has the problem's fields, then one entry a completion, the greedy one first: completions
     (text), extracted (the answer found), correct (marked, as in training), flexible (also the last
     number, where no answer is marked), truncated (at max_new_tokens: never correct), tokens.
     """
     encode_prefix = encode_prefix or partial(encode, tokenizer)
-    ends = eos_ids(model, tokenizer)
-    prompts = [encode_prefix(problem["question"])[0] for problem in problems]
-    greedy = generate(model, tokenizer, prompts, max_new_tokens, 0, batch_size=batch_size,
-                      progress=progress)
-    repeated = []
-    seeds = []
-    for problem, prompt in zip(problems, prompts):
-        repeated += [prompt] * samples
-        seeds += [(seed, problem["id"], j) for j in range(samples)]
-    sampled = generate(model, tokenizer, repeated, max_new_tokens, temperature, seeds,
-                       batch_size=batch_size)
-    rows = []
+    decoder = decoder or Decoder(model, tokenizer, 256)
     for k, problem in enumerate(problems):
-        completions = [greedy[k], *sampled[k * samples:(k + 1) * samples]]
-        texts = [decode(tokenizer, ids) for ids in completions]
-        truncated = [ids[-1] not in ends for ids in completions]
-        correct = [is_solved(text, problem) for text in texts]
-        flexible = [is_correct(text, problem["answer"]) for text in texts]
-        rows.append(dict(
-            problem, completions=texts, truncated=truncated,
-            extracted=[extract_answer(text) for text in texts],
-            correct=[good and not cut for good, cut in zip(correct, truncated)],
-            flexible=[good and not cut for good, cut in zip(flexible, truncated)],
-            tokens=[len(ids) for ids in completions]))
-    return rows
+        prompt = encode_prefix(problem["question"])[0]
+        decoder.add(Completion((k, 0), prompt, max_new_tokens, 0.0, (seed, problem["id"]), False))
+        for j in range(samples):
+            decoder.add(Completion((k, j + 1), prompt, max_new_tokens, temperature,
+                                   (seed, problem["id"], j), False))
+    completions = [[None] * (samples + 1) for _ in problems]
+    judged = 0
+    for completion in decoder.run():
+        k, j = completion.key
+        completions[k][j] = completion.ids
+        while judged < len(problems) and all(completions[judged]):
+            yield judge(problems[judged], completions[judged], tokenizer, decoder.ends)
+            judged += 1
+
+
+def judge(problem, completions, tokenizer, ends):
+    """The row of one problem; completions are lists of ids."""
+    texts = [decode(tokenizer, ids) for ids in completions]
+    truncated = [ids[-1] not in ends for ids in completions]
+    correct = [is_solved(text, problem) for text in texts]
+    flexible = [is_correct(text, problem["answer"]) for text in texts]
+    return dict(
+        problem, completions=texts, truncated=truncated,
+        extracted=[extract_answer(text) for text in texts],
+        correct=[good and not cut for good, cut in zip(correct, truncated)],
+        flexible=[good and not cut for good, cut in zip(flexible, truncated)],
+        tokens=[len(ids) for ids in completions])
 
 
 def mean_interval(values, clusters):
@@ -929,19 +1201,16 @@ def main():
     settings = work_settings(model, encode_prefix, args, (
         "samples", "temperature", "max_new_tokens", "seed"))
     todo = unfinished(path, parse_score, settings, problems, rank, world)
-    with tqdm(total=len(todo), unit="problem", disable=rank > 0, dynamic_ncols=True) as bar:
-        for start in range(0, len(todo), args.batch_size):
-            rows = score(model, tokenizer, todo[start:start + args.batch_size],
-                         args.max_new_tokens, args.samples, args.temperature, args.seed,
-                         args.batch_size, encode_prefix)
-            for row in rows:
-                append_jsonl(path, dict(row, settings=settings))
-            bar.update(len(rows))
-    gather("done")
+    decoder = Decoder(model, tokenizer, args.batch_size)
+    rows = score(model, tokenizer, todo, args.max_new_tokens, args.samples, args.temperature,
+                 args.seed, encode_prefix, decoder)
+    for row in tqdm(rows, total=len(todo), unit="problem", disable=rank > 0, dynamic_ncols=True):
+        append_jsonl(path, dict(row, settings=settings))
+    busy = np.mean(gather(decoder.busy))
     if rank == 0:
         asked = {problem["id"] for problem in problems}
         print(table([row for row in read_scores(path) if row["id"] in asked]))
-        print(f"every completion is in {path}")
+        print(f"every completion is in {path}; slots busy until the tail: {busy:.0%}")
     if world > 1:
         dist.destroy_process_group()
     return held

@@ -9,7 +9,7 @@ A node is a reasoning step. One rollout of one problem:
 3. Simulate: from a new child to the end in one continuation. Its steps become nodes.
 4. Back up: a visit and the reward, 1 for the known answer, to every node of the path.
 A search is a generator that yields Requests and is sent Replies: it reads as if it were alone.
-`run` advances hundreds of them side by side, and samples what they ask for in one call.
+`run` has hundreds of them side by side; each goes on as soon as what it asked for is sampled.
 
     python mcts.py            # the embedded teacher on the embedded problems
     torchrun --nproc_per_node 8 mcts.py --model Qwen/Qwen2.5-7B-Instruct \
@@ -169,6 +169,7 @@ class Active:
     searching: Iterator
     request: Request         # what it waits for
     seeds: Iterator          # of its completions
+    replies: dict = field(default_factory=dict)  # that have come, by their numbers
     rollouts: int = 0
 
 
@@ -185,38 +186,50 @@ def begin(problem, tokenizer, encode, args):
     return Active(problem, searching, next(searching), seeds)
 
 
+def ask(decoder, one, args):
+    """Have a search's request sampled."""
+    one.replies = {}
+    for k, seed in enumerate(islice(one.seeds, one.request.count)):
+        decoder.add(evaluate.Completion((one, k), one.request.prefix_ids, args.max_new_tokens,
+                                        args.temperature, seed, one.request.stop_at_blank))
+
+
 def run(model, tokenizer, problems, encode, args, settings, progress):
-    """Search all problems, `parallel` of them side by side, and append each one as it finishes."""
-    ends = evaluate.eos_ids(model, tokenizer)
+    """Search all problems, `parallel` of them side by side, and append each one as it finishes.
+    Returns the share of the slots that were busy while there were problems to begin."""
+    decoder = evaluate.Decoder(model, tokenizer, args.batch_size)
     waiting = deque(problems)
-    active = []
+    active = 0
+    busy = 1.0
     rates = []  # the success of each finished search
     while waiting or active:
-        while waiting and len(active) < args.parallel:
-            active.append(begin(waiting.popleft(), tokenizer, encode, args))
-        prompts = []
-        stops = []
-        seeds = []
-        for one in active:
-            prompts += [one.request.prefix_ids] * one.request.count
-            stops += [one.request.stop_at_blank] * one.request.count
-            seeds += islice(one.seeds, one.request.count)
-        completions = evaluate.generate(model, tokenizer, prompts, args.max_new_tokens,
-                                        args.temperature, seeds, stops, args.batch_size)
-        replies = (Reply(evaluate.decode(tokenizer, ids), ids[-1] in ends) for ids in completions)
-        for one in list(active):
+        while waiting and active < args.parallel:
+            active += 1
+            ask(decoder, begin(waiting.popleft(), tokenizer, encode, args), args)
+        if waiting:
+            busy = decoder.busy
+        for completion in decoder.step():
+            one, k = completion.key
+            text = evaluate.decode(tokenizer, completion.ids)
+            one.replies[k] = Reply(text, completion.ids[-1] in decoder.ends)
+            if len(one.replies) < one.request.count:
+                continue
             if not one.request.stop_at_blank:
                 one.rollouts += 1
                 progress.update(1)
+            replies = [one.replies[number] for number in range(one.request.count)]
             try:
-                one.request = one.searching.send(list(islice(replies, one.request.count)))
+                one.request = one.searching.send(replies)
             except StopIteration as end:
                 nodes = end.value
-                active.remove(one)
+                active -= 1
                 tree.append_jsonl(args.out, to_row(one.problem, nodes, settings))
                 rates.append(nodes[0].value / nodes[0].visits)
                 progress.set_postfix_str(f"success {sum(rates) / len(rates):.0%}", refresh=False)
                 progress.update(args.rollouts - one.rollouts)
+            else:
+                ask(decoder, one, args)
+    return busy
 
 
 def to_row(problem, nodes, settings):
@@ -275,10 +288,11 @@ def main():
     todo = evaluate.unfinished(args.out, parse_search, settings, problems, rank, world)
     total = len(todo) * args.rollouts
     with tqdm(total=total, unit="rollout", dynamic_ncols=True, disable=rank > 0) as progress:
-        run(model, tokenizer, todo, encode, args, settings, progress)
-    evaluate.gather(None)  # every rank has written its last search
+        busy = run(model, tokenizer, todo, encode, args, settings, progress)
+    busy = evaluate.gather(busy)  # every rank has written its last search
     if rank == 0:
         found = [search["has_prefix"] for search in tree.read_jsonl(args.out, parse_search)]
+        print(f"slots busy while there were problems to begin: {sum(busy) / world:.0%}")
         print(f"{len(found)} searches in {args.out}, {found.count(False)} of them without any "
               f"prefix; next: python tree.py {args.out} --out out/trees.jsonl")
     if world > 1:

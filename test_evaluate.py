@@ -7,6 +7,7 @@ import re
 import shutil
 import socket
 import sys
+from functools import partial
 from types import SimpleNamespace
 from unittest.mock import patch
 
@@ -173,6 +174,27 @@ def test_a_completion_depends_on_its_seed_alone():
     assert backwards[::-1] == together
 
 
+def test_slots_are_refilled(monkeypatch):
+    """All waited for the longest completion of a batch. Nine of ten slots are at work until the last
+    completion begins, and each is given back when it ends, the same as alone."""
+    model, tokenizer = tiny()
+    prompts = prompts_of(tokenizer) * 20
+    alone = evaluate.generate(model, tokenizer, prompts, 30, batch_size=1)
+    decoder = evaluate.Decoder(model, tokenizer, 16)
+    for k, prompt in enumerate(prompts):
+        decoder.add(evaluate.Completion(k, prompt, 30, 1.0, (0, k), False))
+    steps = 0
+    begun = []
+    while len(begun) < len(prompts):
+        steps += 1
+        for completion in decoder.step():
+            assert completion.ids == alone[completion.key]
+            begun.append(steps - len(completion.ids))
+    assert decoder.busy > 0.9
+    assert len(set(begun)) > 10
+    assert steps < 1.3 * sum(map(len, alone)) / 16
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_samples_follow_the_models_distribution(temperature):
     """Also where the model's own generation_config asks for top-k, top-p and a penalty: such knobs
@@ -217,19 +239,85 @@ def test_every_distinct_prompt_token_is_computed_once():
     assert max(seen[1:]) <= 5
 
 
+@pytest.fixture
+def compiled(monkeypatch):
+    """Steps are compiled, as on CUDA, but without inductor. Yields what PyTorch counted."""
+    monkeypatch.setattr(evaluate, "COMPILE", True)
+    monkeypatch.setattr(evaluate, "COMPILER", dict(backend="eager"))
+    torch._dynamo.reset()
+    evaluate.compiled_step.cache_clear()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    yield counters
+    evaluate.compiled_step.cache_clear()
+
+
+def with_lora(model):
+    """The model with a random adapter in all its matrices."""
+    torch.manual_seed(1)
+    return get_peft_model(model, LoraConfig(
+        r=4, target_modules="all-linear", init_lora_weights=False)).eval()
+
+
+WINDOW = dict(sliding_window=6, layer_types=["sliding_attention", "full_attention"],
+              use_sliding_window=True)
+
+
+@pytest.mark.parametrize("family, attention, more", [("qwen2", "grouped", WINDOW),
+                                                     ("llama", "eager", {})])
+def test_a_compiled_step_samples_the_same(compiled, family, attention, more):
+    """To the bit, in one graph, compiled anew for no token; and what the optimiser does to LoRA is
+    seen by what was compiled before."""
+    model, tokenizer = tiny(family, **more)
+    model.set_attn_implementation(attention)
+    model = with_lora(model)
+    prompts = prompts_of(tokenizer) * 3
+    sample = partial(evaluate.generate, model, tokenizer, prompts, 15, 0.8, batch_size=16,
+                     return_logps=True)
+    first = sample()
+    for weight in model.parameters():
+        if weight.requires_grad:
+            weight.data += 0.1
+    second = sample()
+    assert second[0] != first[0]
+    assert 0 < compiled["stats"]["unique_graphs"] == len(evaluate.KEPT[model]) < 6
+    assert not compiled["graph_break"]
+    with patch.object(evaluate, "compiled_step", lambda: evaluate.decode_step):
+        assert sample() == second
+    with patch.object(evaluate, "COMPILE", False):
+        assert sample()[0] == second[0]
+
+
+def test_where_nothing_can_be_compiled_the_plain_step_goes_on(compiled, monkeypatch, capsys):
+    """It is said once."""
+    def fail(graph, example_inputs):
+        raise ValueError("no compiler here")
+    model, tokenizer = tiny()
+    prompts = prompts_of(tokenizer)
+    with patch.object(evaluate, "COMPILE", False):
+        expected = evaluate.generate(model, tokenizer, prompts, 15)
+    monkeypatch.setattr(evaluate, "COMPILER", dict(backend=fail))
+    for _ in range(2):
+        assert evaluate.generate(model, tokenizer, prompts, 15) == expected
+    said = capsys.readouterr().out
+    assert said.count("decoding is not compiled: ") == 1 and "no compiler here" in said
+
+
 @pytest.mark.parametrize("room", [1, 2, 5])
 def test_out_of_memory_halves_the_batch(monkeypatch, capsys, room):
     """Half as many side by side give the same completions; one that does not fit is an error."""
     model, tokenizer = tiny()
     prompts = prompts_of(tokenizer)
     whole = evaluate.generate(model, tokenizer, prompts, 9)
-    decode_batch = evaluate.decode_batch
+    call = evaluate.Step.__call__
+    calls = []
 
-    def small(model, tokenizer, prompts, uniform, stops, temperature):
-        if len(prompts) > room:
+    def small(step, *given):
+        calls.append(step.rows)
+        if step.rows > room and len(calls) > 2:  # some tokens have been sampled already
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return decode_batch(model, tokenizer, prompts, uniform, stops, temperature)
-    monkeypatch.setattr(evaluate, "decode_batch", small)
+        return call(step, *given)
+    monkeypatch.setattr(evaluate.Step, "__call__", small)
     assert evaluate.generate(model, tokenizer, prompts, 9) == whole
     assert "out of memory; going on with" in capsys.readouterr().out
     room = 0
@@ -518,7 +606,7 @@ def test_a_truncated_completion_is_never_correct():
     problems = [dict(id=str(k), question=q, answer="1", own=k) for k, q in enumerate(QUESTIONS)]
     with patch.object(evaluate, "is_correct", return_value=True), \
             patch.object(evaluate, "is_solved", return_value=True):
-        rows = evaluate.score(model, tokenizer, problems, 12, samples=8)
+        rows = list(evaluate.score(model, tokenizer, problems, 12, samples=8))
     assert [row["own"] for row in rows] == list(range(5))
     cut = [flag for row in rows for flag in row["truncated"]]
     assert 0 < sum(cut) < len(cut)

@@ -500,7 +500,7 @@ def test_no_two_draws_share_their_randomness(place):
     completion were one stream."""
     states = []
     search = mcts.search
-    generate = evaluate.generate
+    add = evaluate.Decoder.add
 
     def note(rng):
         states.append(rng.bit_generator.state["state"]["state"])
@@ -509,12 +509,11 @@ def test_no_two_draws_share_their_randomness(place):
         note(rng)
         return search(prompt_ids, encode_step, grade, rng, args)
 
-    def spy_generate(*given):
-        for seed in given[5]:
-            note(tree.rng(*seed))
-        return generate(*given)
+    def spy_add(decoder, completion):
+        note(tree.rng(*completion.seed))
+        add(decoder, completion)
 
-    with patch.object(mcts, "search", spy_search), patch.object(evaluate, "generate", spy_generate):
+    with patch.object(mcts, "search", spy_search), patch.object(evaluate.Decoder, "add", spy_add):
         run(place, "out", "--limit", "3")
     assert len(set(states)) == len(states) > 30
 
@@ -593,15 +592,15 @@ def test_other_settings_are_another_file(place):
 def test_an_instruction_stands_behind_the_question(place):
     """A base model could not be told to mark its answer."""
     prompts = []
-    generate = evaluate.generate
+    add = evaluate.Decoder.add
 
-    def spy(model, tokenizer, prefixes, *more):
-        prompts.extend(tokenizer.decode(ids) for ids in prefixes)
-        return generate(model, tokenizer, prefixes, *more)
+    def spy(decoder, completion):
+        prompts.append(decoder.tokenizer.decode(completion.prompt))
+        add(decoder, completion)
 
-    with patch.object(evaluate, "generate", spy):
+    with patch.object(evaluate.Decoder, "add", spy):
         run(place, "out", "--limit", "1", "--instruction", "The answer is 7")
-    assert all("The answer is 7" in prompt for prompt in prompts)
+    assert prompts and all("The answer is 7" in prompt for prompt in prompts)
 
 
 def test_a_teacher_that_was_trained_further_is_another(place):
@@ -649,17 +648,17 @@ def test_a_file_of_somebody_else_is_left_alone(place, text):
 def test_two_runs_do_not_write_one_file(place):
     """Two starts within the seconds of loading searched everything twice. The lock is held while
     completions are sampled, and a second run ends before its model is loaded."""
-    generate = evaluate.generate
+    add = evaluate.Decoder.add
     refused = []
 
-    def meanwhile(*given):
+    def meanwhile(decoder, completion):
         with pytest.raises(InputError, match="another process"), \
                 patch.object(evaluate, "load", side_effect=AssertionError("a model was loaded")):
             run(place, "out")
         refused.append(True)
-        return generate(*given)
+        add(decoder, completion)
 
-    with patch.object(evaluate, "generate", meanwhile):
+    with patch.object(evaluate.Decoder, "add", meanwhile):
         run(place, "out", "--limit", "1")
     assert refused
 

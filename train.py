@@ -39,6 +39,7 @@ import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from tqdm import tqdm
 
 import advantage
 from evaluate import gather, say
@@ -961,11 +962,12 @@ class Log:
     def evaluation(self, problems):
         """Score the student greedily on the held-out problems, shared among the ranks."""
         run = self.run
-        rows = evaluate.score(run.models.student, run.tokenizer, run.share(problems),
+        mine = run.share(problems)
+        rows = evaluate.score(run.models.student, run.tokenizer, mine,
                               2 * self.args.max_new_tokens,
-                              encode_prefix=evaluate.encoder(run.tokenizer, self.args),
-                              progress=run.rank == 0)
-        shares = gather(rows)
+                              encode_prefix=evaluate.encoder(run.tokenizer, self.args))
+        shares = gather(list(tqdm(rows, total=len(mine), leave=False, disable=run.rank > 0,
+                                  dynamic_ncols=True)))
         if run.rank == 0:
             path = eval_path(self.args, run.step)
             write_jsonl(path, chain(*shares))
