@@ -716,22 +716,19 @@ class Step:
         self.layers = []
         self.graph = None
 
-    def fill(self, number, parts, width):
-        """Put the (keys, values) of all parts, each (n, heads, T, head_dim), below each other in a
-        layer, so that all end in the column before `width`, where the next token goes."""
+    def fill(self, number, rows, keys, values, used):
+        """Put keys and values (n, heads, T, head_dim) into these rows of a layer, so that all end
+        before the column `used`, where the next token goes."""
         if number == len(self.layers):
             layer = StaticLayer(self.columns)
-            layer.lazy_initialization(*[part[:1].expand(self.rows, -1, -1, -1)
-                                        for part in parts[0]])
+            layer.lazy_initialization(keys[:1].expand(self.rows, -1, -1, -1),
+                                      values[:1].expand(self.rows, -1, -1, -1))
             self.layers.append(layer)
         layer = self.layers[number]
-        row = 0
-        for keys, values in parts:
-            end = row + len(keys)
-            layer.keys[row:end, :, width - keys.shape[2]:width] = keys
-            layer.values[row:end, :, width - keys.shape[2]:width] = values
-            row = end
-        layer.cumulative_length.fill_(width)
+        begin = used - keys.shape[2]
+        layer.keys[rows, :, begin:used] = keys
+        layer.values[rows, :, begin:used] = values
+        layer.cumulative_length.fill_(used)
 
     def __call__(self, used, inputs):
         """decode_step(model, cache, *inputs), where so many columns are used."""
@@ -819,8 +816,11 @@ class Decoder:
 
         Where memory runs out, all that was under way is begun anew in half as many slots.
         """
-        no_gradient = torch.no_grad if self.compiled else torch.inference_mode  # the latter is less
-        with no_gradient():                                                     # work, not compiled
+        # inference_mode is less work, but what is compiled cannot change its tensors
+        no_gradient = torch.no_grad if self.compiled else torch.inference_mode
+        if not (self.waiting or any(self.rows)):
+            return []
+        with no_gradient():
             ended, self.slots = with_less_memory(self.advance, self.slots)
         return ended
 
@@ -829,14 +829,18 @@ class Decoder:
         if slots < self.slots:
             self.begin_anew()
         live = [k for k, row in enumerate(self.rows) if row]
-        new = []
         count = min(len(self.waiting), slots - len(live))
-        if 8 * count >= len(live):  # an eighth at a time: to begin one takes as long as many
-            new = [self.waiting.popleft() for _ in range(count)]
+        if 8 * count < len(live):
+            count = 0  # an eighth at a time: to begin one takes as long as to begin many
+        new = [self.waiting.popleft() for _ in range(count)]
         rows = self.row_count(len(live) + len(new), slots)
+        longest = max((len(row.prompt) for row in new), default=0)
         full = self.now and self.used == self.now.columns
-        if new or full or 8 * (len(self.rows) - rows) >= len(self.rows):
+        if full or longest > self.used + 1 or rows > len(self.rows) \
+                or 8 * (len(self.rows) - rows) >= len(self.rows):
             self.arrange(live, new, rows)
+        elif new:
+            self.begin(new)
         if new and self.room:
             self.busy = self.work / self.room
         self.work += len(live) + len(new)
@@ -875,34 +879,40 @@ class Decoder:
 
         live   the numbers of the rows at work
         """
-        work = [self.rows[k] for k in live] + new
+        work = [self.rows[k] for k in live]
         lengths = [len(row.prompt) + len(row.ids) - 1 for row in work]  # tokens in the cache
-        width = max(lengths)
-        columns = max(row.max_new_tokens - len(row.ids) for row in work)
+        width = max(lengths + [len(row.prompt) - 1 for row in new])
+        columns = max(row.max_new_tokens - len(row.ids) for row in work + new)
         if self.compiled:
             columns = 1 << (width + columns - 1).bit_length()
         else:  # attention passes over those without a token, too
             columns = width + min(columns, ROOM)
         step = self.kept.get((rows, columns)) or Step(self.model, rows, columns, self.compiled)
-        prompts = prefill(self.model, [row.prompt for row in new]) if new else []
-        begin = self.used - max(lengths[:len(live)], default=0)
         index = torch.tensor(live, dtype=torch.long, device=self.model.device)
-        for k in range(len(prompts) or len(self.now.layers)):
-            parts = prompts[k:k + 1]
-            if live:
-                old = self.now.layers[k]
-                parts.insert(0, (old.keys[index, :, begin:self.used],
-                                 old.values[index, :, begin:self.used]))
-                if not self.compiled:
-                    self.now.layers[k] = None  # two whole caches would take twice the memory
-            step.fill(k, parts, width)
+        used = slice(self.used - max(lengths, default=0), self.used)
+        for k, layer in enumerate(self.now.layers if live else []):
+            keys = layer.keys[:, :, used].index_select(0, index)
+            values = layer.values[:, :, used].index_select(0, index)
+            if not self.compiled:
+                self.now.layers[k] = None  # two whole caches would take twice the memory
+            step.fill(k, slice(len(live)), keys, values, width)
         if self.compiled:
             self.kept[rows, columns] = step
         self.now = step
-        for row in new:
-            row.uniform = rng(*row.seed).random(row.max_new_tokens)
-        self.rows = work + [None] * (rows - len(work))
         self.used = width
+        self.rows = work + [None] * (rows - len(work))
+        if new:
+            self.begin(new)
+
+    def begin(self, new):
+        """Let new completions begin in free rows."""
+        free = [k for k, row in enumerate(self.rows) if row is None][:len(new)]
+        index = torch.tensor(free, device=self.model.device)
+        for k, layer in enumerate(prefill(self.model, [row.prompt for row in new])):
+            self.now.fill(k, index, *layer, self.used)
+        for k, row in zip(free, new):
+            row.uniform = rng(*row.seed).random(row.max_new_tokens)
+            self.rows[k] = row
 
     def sample(self):
         """The next id of each row, and its log-prob: two lists."""
