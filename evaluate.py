@@ -38,8 +38,9 @@ from safetensors import safe_open
 from scipy.stats import binomtest
 from torch.nn.functional import scaled_dot_product_attention
 from tqdm import tqdm
-from transformers import (AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM,
-                          AutoModelForTokenClassification, AutoTokenizer, DynamicCache)
+from transformers import (AttentionInterface, AttentionMaskInterface, AutoConfig,
+                          AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer,
+                          DynamicCache)
 from transformers.cache_utils import Cache, StaticLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -102,22 +103,47 @@ def gather(item):
 
 
 # ---- Loading -------------------------------------------------------------------------------------
-def load(model, adapter=None, device="cpu", dtype=None, trainable=False):
+def add_device_flags(add):
+    """The flags that say how a model is computed. `add` is a parser's add_argument."""
+    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
+        help="of the weights; auto: bfloat16 for 20 million weights or more, where it is fast")
+    add("--compile", action="store_true", default=None, help="compile decoding (default: on CUDA)")
+    add("--no_compile", dest="compile", action="store_false", default=None, help="do not")
+
+
+def is_small(model):
+    """Such as the embedded models."""
+    return model.num_parameters() < 2e7
+
+
+def choose_dtype(auto_class, path, device):
+    """bf16 where the device multiplies it natively, unless the model is small, else float32."""
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        native = any(getattr(torch.cpu, check, bool)() for check in checks)
+    if not native:
+        return torch.float32
+    with torch.device("meta"):
+        model = auto_class.from_config(AutoConfig.from_pretrained(path))
+    return torch.float32 if is_small(model) else torch.bfloat16
+
+
+def load(model, adapter=None, device="cpu", dtype="auto", trainable=False):
     """A causal language model and its tokenizer, with a PEFT adapter on it if one is named.
 
     model      a folder that save_pretrained wrote, or a name on the hub; safetensors alone are read
-    dtype      default bf16 on CUDA, float32 elsewhere
+    dtype      "auto" (see choose_dtype), "float32" or "bfloat16"; an adapter is float32
     trainable  whether the adapter is to be trained further
     Raises InputError where there is no such model, or one that could not be sampled rightly.
     """
     device = torch.device(device)
-    default = torch.bfloat16 if device.type == "cuda" else torch.float32
-    policy = load_weights(AutoModelForCausalLM, model, dtype or default)
+    policy = load_weights(AutoModelForCausalLM, model, dtype, device)
     tokenizer = load_tokenizer(model, adapter)
     if len(tokenizer) > policy.get_input_embeddings().num_embeddings:
         raise InputError(f"{model} embeds fewer tokens than the {len(tokenizer)} of its tokenizer")
-    small = device.type == "cpu" and policy.num_parameters() < 2e7
-    if small and "OMP_NUM_THREADS" not in os.environ:
+    if device.type == "cpu" and is_small(policy) and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # a second thread gains nothing on so small a model
     policy.to(device).eval()
     check_tree_masks(policy, model)
@@ -129,14 +155,15 @@ def load(model, adapter=None, device="cpu", dtype=None, trainable=False):
     return policy, tokenizer
 
 
-def load_weights(auto_class, path, dtype, new_weights=(), **how):
+def load_weights(auto_class, path, dtype, device, new_weights=(), **how):
     """`auto_class.from_pretrained(path)`; InputError unless every weight comes from its files, but
-    for `new_weights`, such as a fresh value head's."""
+    for `new_weights`, such as a fresh value head's. It is to be moved to `device`."""
     if path.startswith((".", "/")) and not os.path.isdir(path):
         raise InputError(f"there is no folder {path}; expected one of a model, or a hub name")
-    read = partial(auto_class.from_pretrained, path, dtype=dtype, use_safetensors=True,
-                   output_loading_info=True, ignore_mismatched_sizes=True, **how)
     try:
+        dtype = choose_dtype(auto_class, path, device) if dtype == "auto" else getattr(torch, dtype)
+        read = partial(auto_class.from_pretrained, path, dtype=dtype, use_safetensors=True,
+                       output_loading_info=True, ignore_mismatched_sizes=True, **how)
         try:
             model, report = read(attn_implementation="sdpa")
             model.set_attn_implementation("grouped")
@@ -225,7 +252,7 @@ def base_checksum(model):
 
 def load_critic(path, device):
     """A decoder with a fresh value head, one number a token (App. B), in float32, to be trained."""
-    critic = load_weights(AutoModelForTokenClassification, path, torch.float32,
+    critic = load_weights(AutoModelForTokenClassification, path, "float32", device,
                           new_weights=("score.weight", "score.bias"), num_labels=1)
     if not all(weight.isfinite().all() for weight in critic.parameters()):
         raise InputError(f"{path} has weights that are not finite numbers; expected a critic that "
@@ -1178,6 +1205,7 @@ def unfinished(path, parse, settings, problems, rank, world):
 
 
 def main():
+    global COMPILE
     parser = arguments("Score a policy on a data set, or compare two scorings.")
     add = parser.add_argument
     add("--model", default="data/arithmetic/student", help="a folder or a hub name")
@@ -1193,8 +1221,10 @@ def main():
     add("--limit", type=at_least(0), default=0, help="score the first so many problems, 0 is all")
     add("--seed", type=at_least(0), default=0, help="of the samples")
     add_prompt_flags(add)
+    add_device_flags(add)
     add("--compare", nargs=2, metavar=("A", "B"), help="compare two files of scores, nothing else")
     args = parser.parse_args()
+    COMPILE = args.compile
     if args.compare:
         print(compare(*map(read_scores, args.compare)))
         return
@@ -1204,7 +1234,7 @@ def main():
     path = args.out or f"out/eval-{policy}-{data}.jsonl"
     problems = read_problems(args.data, args.limit)
     held = lock(path) if rank == 0 else None  # until the end of the process
-    model, tokenizer = load(args.model, args.adapter, device)
+    model, tokenizer = load(args.model, args.adapter, device, args.dtype)
     encode_prefix = encoder(tokenizer, args)
     prompts = [encode_prefix(problem["question"])[0] for problem in problems]
     check_prompts(model, prompts, args.max_new_tokens)

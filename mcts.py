@@ -271,14 +271,16 @@ def main():
     add("--seed", type=tree.at_least(0), default=0, help="of selection and sampling")
     add("--limit", type=tree.at_least(0), default=0, help="only the first so many; 0 is all")
     evaluate.add_prompt_flags(add)
+    evaluate.add_device_flags(add)
     args = parser.parse_args()
+    evaluate.COMPILE = args.compile
 
     problems = tree.read_problems(args.data, args.limit)
     tree.make_folder(args.out)
     rank, world, device = evaluate.distributed()
     if rank == 0:
         held = tree.lock(args.out)  # to the end: two runs at once would search everything twice
-    model, tokenizer = evaluate.load(args.model, args.adapter, device)
+    model, tokenizer = evaluate.load(args.model, args.adapter, device, args.dtype)
     encode = evaluate.encoder(tokenizer, args)
     prompts = [encode(problem["question"])[0] for problem in problems]
     # In the longest prefix, each of max_depth steps took a sample of its own.

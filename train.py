@@ -79,7 +79,8 @@ GAMMA = 0.95           # discount a reasoning step, of step rewards and in GAE (
 WARMUP = 0.03          # share of the run in which the learning rate rises
 ROLLOUTS_EVERY = 10    # steps between samples written to rollouts.jsonl
 MAX_GRAD_NORM = 1.0    # longer gradients are clipped
-MAY_DIFFER = ("out", "resume", "preset", "eval_every", "save_every", "micro_tokens", "no_pack")
+MAY_DIFFER = ("out", "resume", "preset", "eval_every", "save_every", "micro_tokens", "no_pack",
+              "compile")
 
 
 count = at_least(1)  # types of flags
@@ -144,6 +145,7 @@ def add_flags(parser):
     add("--seed", type=whole, default=0, help="of groups, completions and the fresh adapter")
     add("--micro_tokens", type=count, default=8192 if torch.cuda.is_available() else 1024,
         help="tokens a forward pass, padding included; does not change the objective")
+    evaluate.add_device_flags(add)
     add("--no_pack", action="store_true", help="a row for every sample, instead of one for a group")
     preset("eval_every", whole, "steps between evaluations, 0 is never, not even at the ends")
     preset("save_every", whole, "steps between checkpoints, 0 is only the last")
@@ -619,6 +621,7 @@ def train(args):
     """The run: set up, then evaluate now and then, roll out, update, report, save."""
     # 1. set up
     rank, world, device = evaluate.distributed()
+    evaluate.COMPILE = args.compile
     held = open_folder(args) if rank == 0 else None  # the folder's lock
     run, data, problems = set_up(args, rank, world, device)
     log = Log(run, data, args)
@@ -698,7 +701,8 @@ def load_models(args, device):
     """(Models, the student's tokenizer, the checksum of its base). The student is what learns: an
     adapter on it, or with --lora_rank 0 all of its weights."""
     torch.manual_seed(args.seed)  # the fresh adapter's A, the critic's head
-    student, tokenizer = evaluate.load(args.model, args.adapter, device, trainable=True)
+    student, tokenizer = evaluate.load(args.model, args.adapter, device, args.dtype,
+                                       trainable=True)
     base_weights = evaluate.base_checksum(student)
     if args.lora_rank == 0:
         student = student.float().requires_grad_(True)
@@ -709,7 +713,7 @@ def load_models(args, device):
     student.eval()  # PEFT wraps it in training mode, in which a base's own dropout acts
     teacher = None
     if args.teacher:
-        teacher, _ = evaluate.load(args.teacher, args.teacher_adapter, device)
+        teacher, _ = evaluate.load(args.teacher, args.teacher_adapter, device, args.dtype)
         teacher.requires_grad_(False)
     critic = evaluate.load_critic(args.critic, device) if args.critic else None
     return Models(student, teacher, critic), tokenizer, base_weights
