@@ -427,7 +427,8 @@ def attention_masks(model, visible, query_position, key_position):
             masks[kind] = visible & (distance < config.sliding_window)
         if config._attn_implementation == "eager":  # adds its mask to the scores
             lowest = torch.finfo(model.dtype).min
-            masks[kind] = torch.where(masks[kind], 0.0, lowest).to(model.dtype)
+            zeros = torch.zeros_like(masks[kind], dtype=model.dtype)
+            masks[kind] = zeros.masked_fill(~masks[kind], lowest)
     return masks if len(masks) > 1 else masks[kind]
 
 
@@ -670,7 +671,7 @@ def sample_token(logits, temperature, uniform):
     seed alone, not on who else is in the batch.
     """
     greedy = temperature == 0
-    logps = torch.log_softmax(logits.float() / temperature.where(~greedy, 1.0)[:, None], dim=-1)
+    logps = torch.log_softmax(logits.float() / temperature.masked_fill(greedy, 1.0)[:, None], dim=-1)
     token = logps.argmax(-1)
     if uniform is not None:
         cumulative = logps.exp().cumsum(-1, dtype=torch.float64)
@@ -740,6 +741,9 @@ class Step:
         self.rows = rows
         self.columns = columns
         self.compiled = compiled
+        self.run = decode_step
+        if compiled and not is_small(model):  # to compile a small one takes longer than it saves
+            self.run = compiled_step()
         self.layers = []
         self.graph = None
 
@@ -759,10 +763,8 @@ class Step:
 
     def __call__(self, used, inputs):
         """decode_step(model, cache, *inputs), where so many columns are used."""
-        if not self.compiled:
-            return decode_step(self.model, Cache(self.layers), *inputs)
-        if inputs[0].device.type != "cuda":
-            return compiled_step()(self.model, Cache(self.layers), *inputs)
+        if not self.compiled or self.model.device.type != "cuda":
+            return self.run(self.model, Cache(self.layers), *inputs)
         if self.graph is None:
             self.record(used, inputs)
         for place, value in zip(self.inputs, inputs):
@@ -782,12 +784,12 @@ class Step:
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
             for _ in range(2):
-                compiled_step()(self.model, Cache(self.layers), *self.inputs)
+                self.run(self.model, Cache(self.layers), *self.inputs)
                 self.rewind(used)
         torch.cuda.current_stream().wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=graph_memory()):
-            self.outputs = compiled_step()(self.model, Cache(self.layers), *self.inputs)
+            self.outputs = self.run(self.model, Cache(self.layers), *self.inputs)
         self.rewind(used)
         self.graph = graph
 
@@ -969,6 +971,7 @@ class Decoder:
                 raise
             say(f"decoding is not compiled: {type(error).__name__}, {shorten(str(error))}")
             self.compiled = self.now.compiled = COMPILE = False
+            self.now.run = decode_step
             self.kept = {}
             self.now.rewind(self.used)
             tokens, logps = self.now(self.used, inputs)

@@ -244,6 +244,7 @@ def compiled(monkeypatch):
     """Steps are compiled, as on CUDA, but without inductor. Yields what PyTorch counted."""
     monkeypatch.setattr(evaluate, "COMPILE", True)
     monkeypatch.setattr(evaluate, "COMPILER", dict(backend="eager"))
+    monkeypatch.setattr(evaluate, "is_small", lambda model: False)
     torch._dynamo.reset()
     evaluate.compiled_step.cache_clear()
     counters = torch._dynamo.utils.counters
@@ -282,6 +283,7 @@ def test_a_compiled_step_samples_the_same(compiled, family, attention, more):
     assert second[0] != first[0]
     assert 0 < compiled["stats"]["unique_graphs"] == len(evaluate.KEPT[model]) < 6
     assert not compiled["graph_break"]
+    evaluate.KEPT.clear()
     with patch.object(evaluate, "compiled_step", lambda: evaluate.decode_step):
         assert sample() == second
     with patch.object(evaluate, "COMPILE", False):

@@ -1,0 +1,357 @@
+"""
+What one GPU does: decoding, the update, a whole step, a search, and the embedded default.
+
+    python results/gpu.py          # about eight minutes; writes results/gpu.jsonl, prints a table
+    python results/gpu.py --tiny   # the same in a minute on a CPU, with a tiny model: a test
+
+The model has Qwen2.5-1.5B's shape, random weights and LoRA of rank 16; nothing is downloaded. What
+fails, or does not fit into the time that is left, is a row that says so, and the rest goes on.
+
+1. peak      a matrix product and a copy, the best of many
+2. decode    tokens/s of 4, 32 and 256 rows: plain; replayed as a graph; compiled and replayed. The
+             floor is the bytes of weights and cache over the copy's read and write bandwidth
+3. update    forward and backward at Table 3's sizes, padded and packed: tokens/s, and 4 x weights x
+             tokens as a share of the matrix peak (with LoRA the weights need no gradient)
+4. step      a whole step at these sizes, and the peak of its memory
+5. search    256 problems side by side
+6. default   train.py on the embedded model in bf16, with graphs: seconds and accuracy
+"""
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from types import SimpleNamespace
+from unittest.mock import patch
+
+import numpy as np
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, os.path.dirname(HERE))
+import evaluate  # noqa: E402
+import torch  # noqa: E402
+from peft import LoraConfig, get_peft_model  # noqa: E402
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+from transformers import (AutoModelForCausalLM, PreTrainedTokenizerFast,  # noqa: E402
+                          Qwen2Config)
+
+import mcts  # noqa: E402
+import train  # noqa: E402
+from tree import append_jsonl, arguments, micro_batches, rng, run_command  # noqa: E402
+
+SIZES = {
+    "qwen2.5-1.5b": dict(
+        hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12,
+        num_key_value_heads=2, vocab_size=151936, question=120, step=40, new_tokens=256,
+        rows=(32, 4, 256), steps=64, problems=256, search_tokens=128, product=8192),
+    "tiny": dict(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=600, question=12, step=5, new_tokens=12,
+        rows=(4, 2), steps=6, problems=6, search_tokens=12, product=128)}
+LIMIT = 150  # seconds of a part
+SHAPE = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+         "num_key_value_heads", "vocab_size")
+
+
+# ---- A model, its tokenizer, a batch -------------------------------------------------------------
+def make_tokenizer(size):
+    """Every id is a word; one in `step` is a blank line, the last is the end."""
+    words = []
+    for k in range(size["vocab_size"]):
+        words.append(f"w{k}" if k % size["step"] else f"\n\nw{k}")
+    words[-1] = "</s>"
+    tokenizer = Tokenizer(models.WordLevel({word: k for k, word in enumerate(words)}, "w1"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("w", "merged_with_next")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
+
+
+def make_run(size, device):
+    """A train.Run with a random model, and the knobs of Table 3."""
+    words = (f"--preset paper --max_new_tokens {size['new_tokens']} --lr 1e-6 --eval_every 0 "
+             "--lora_dropout 0")
+    knobs = train.parse_args(words.split())
+    config = Qwen2Config(tie_word_embeddings=True, **{name: size[name] for name in SHAPE})
+    torch.manual_seed(0)
+    with device:
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.set_attn_implementation("grouped")
+    model.requires_grad_(False)
+    model = get_peft_model(model, LoraConfig(
+        r=16, lora_alpha=64, target_modules="all-linear", task_type="CAUSAL_LM")).eval()
+    tokenizer = make_tokenizer(size)
+    # one token in 200 ends a completion, so that their lengths differ
+    model.generation_config.eos_token_id = list(range(1, size["vocab_size"], 200))
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW([dict(params=list(trainable.values()), peak_lr=1e-6)])
+    run = train.Run(train.Models(model), tokenizer, optimizer, trainable, {}, knobs.micro_tokens)
+    return run, knobs
+
+
+def make_batch(size, knobs):
+    """Samples in groups: prefixes of 0 to 4 steps of one tree each, and whole completions."""
+    draws = rng(0)
+    samples = []
+    for g in range(knobs.batch_size // knobs.group_size):
+        path = draws.integers(0, size["vocab_size"], size["question"] + 4 * size["step"]).tolist()
+        for k in range(knobs.group_size):
+            prefix = path[:size["question"] + k % 5 * size["step"]]
+            ids = draws.integers(0, size["vocab_size"], size["new_tokens"]).tolist()
+            sample = train.Sample(g, k, prefix, ids, seed=(0, g, k))
+            sample.advantages = np.full(len(ids), draws.normal())
+            samples.append(sample)
+    return samples
+
+
+# ---- Parts: each yields rows ---------------------------------------------------------------------
+def clock(work):
+    """Seconds of one call."""
+    synchronize()
+    start = time.perf_counter()
+    work()
+    synchronize()
+    return time.perf_counter() - start
+
+
+def synchronize():
+    """Wait for what CUDA still has to do."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def measure_peak(bench):
+    """FLOP/s of a bf16 product, bytes/s of a copy, read and written."""
+    n = bench.size["product"]
+    a = torch.randn(n, n, device=bench.device, dtype=torch.bfloat16)
+    source = torch.empty(2 ** 20 * n // 64, device=bench.device)
+    target = torch.empty_like(source)
+    bench.flops = 2 * n ** 3 / min(clock(lambda: a @ a) for _ in range(20))
+    bench.bandwidth = 2 * source.nbytes / min(clock(lambda: target.copy_(source))
+                                              for _ in range(20))
+    yield dict(name=bench.name, tflops=bench.flops / 1e12, gbytes=bench.bandwidth / 1e9)
+
+
+def decode(bench, rows, kind):
+    """Tokens/s of so many rows side by side, once what is compiled is."""
+    size = bench.size
+    model = bench.run.models.student
+    columns = size["question"] + 2 * size["step"]
+    decoder = evaluate.Decoder(model, bench.run.tokenizer, rows)
+    decoder.ends = set()  # none ends early
+    for k in range(rows):
+        ids = rng(1, k).integers(0, size["vocab_size"], columns).tolist()
+        decoder.add(evaluate.Completion(k, ids, size["steps"] + 8, 1.0, (0, k), False))
+    first = clock(lambda: [decoder.step() for _ in range(3)])
+    seconds = clock(lambda: [decoder.step() for _ in range(size["steps"])]) / size["steps"]
+    layer = decoder.now.layers[0]
+    per_column = 2 * layer.keys[:, :, 0].nbytes * len(decoder.now.layers)
+    cache = per_column * (columns + size["steps"] // 2)
+    weights = sum(p.nbytes for p in model.parameters())
+    floor = (weights + cache) / bench.bandwidth
+    asked = kind != "plain"
+    yield dict(name=f"{rows} rows, {kind}", tokens_per_s=rows / seconds, ms=1e3 * seconds,
+               floor_ms=1e3 * floor, times_floor=seconds / floor, first_steps_s=first,
+               as_asked=decoder.compiled == asked)
+
+
+def decode_as(kind):
+    """A part: `decode` plain, replayed as a graph, or compiled and replayed."""
+    def part(bench, rows):
+        evaluate.KEPT.clear()
+        with patch.object(evaluate, "COMPILE", kind != "plain"), \
+                patch.object(evaluate, "is_small", lambda model: kind == "graph"):
+            yield from decode(bench, rows, kind)
+    return part
+
+
+def measure_update(bench, kind):
+    """Forward and backward of a batch."""
+    knobs = SimpleNamespace(**{**vars(bench.knobs), "no_pack": kind == "padded"})
+    samples = make_batch(bench.size, knobs)
+    models = bench.run.models
+    scale = train.Scale(1 / len(samples))
+
+    def work():
+        train.accumulate(models, samples, scale, knobs, knobs.micro_tokens)
+        bench.run.optimizer.zero_grad()
+    work()
+    seconds = min(clock(work) for _ in range(3))
+    tokens = sum(len(s.prefix_ids) + len(s.completion_ids) for s in samples)
+    computed = tokens
+    if kind == "packed":
+        longest = evaluate.row_tokens(models.student)
+        [batch] = micro_batches(samples, 10 ** 9, longest)
+        computed = sum(len(row.ids) for row in batch.rows)
+    weights = sum(p.numel() for p in models.student.parameters())
+    yield dict(name=kind, seconds=seconds, tokens_per_s=tokens / seconds, tokens=computed,
+               share_of_peak=4 * weights * computed / seconds / bench.flops)
+
+
+def measure_step(bench, kind):
+    """A step at Table 3's sizes: rollout, then update."""
+    samples = make_batch(bench.size, bench.knobs)
+    draws = rng(0)
+    run = bench.run
+
+    def rollout():
+        completions, logps = evaluate.generate(
+            run.models.student, run.tokenizer, [s.prefix_ids for s in samples],
+            bench.knobs.max_new_tokens, 1.0, [s.seed for s in samples], return_logps=True)
+        for sample, ids, values in zip(samples, completions, logps):
+            sample.completion_ids = ids
+            sample.sampler_logps = values
+            sample.advantages = np.full(len(ids), draws.normal())
+    with patch.object(evaluate, "COMPILE", kind != "plain"), \
+            patch.object(evaluate, "is_small", lambda model: kind == "graph"):
+        rollout()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        seconds = clock(rollout)
+    found = {}
+    update = clock(lambda: found.update(stats=train.update(run, samples, bench.knobs)[0]))
+    new = sum(len(s.completion_ids) for s in samples)
+    yield dict(name=kind, rollout_s=seconds, update_s=update, tokens_per_s=new / seconds,
+               gap=float(np.mean(found["stats"]["gap"])), peak_mb=evaluate.peak_memory())
+
+
+def measure_search(bench, kind):
+    """Problems side by side, two rollouts each."""
+    size = bench.size
+    out = os.path.join(bench.folder, "search.jsonl")
+    args = SimpleNamespace(rollouts=2, max_depth=5, branch=5, c_uct=2.0, temperature=1.0, seed=0,
+                           max_new_tokens=size["search_tokens"], parallel=256, batch_size=256,
+                           out=out)
+    problems = []
+    for k in range(size["problems"]):
+        problems.append(dict(id=str(k), question=f"{k}", answer="1"))
+
+    def encode(question):
+        return [rng(2, int(question)).integers(0, size["vocab_size"], size["question"]).tolist()]
+    sampled = []
+    add = evaluate.Decoder.add
+
+    def note(decoder, completion):
+        sampled.append(completion)
+        add(decoder, completion)
+    run = bench.run
+    with patch.object(evaluate, "COMPILE", True), patch.object(evaluate.Decoder, "add", note), \
+            patch.object(evaluate, "is_small", lambda model: True), tqdm(disable=True) as bar:
+        seconds = clock(lambda: mcts.run(run.models.student, run.tokenizer, problems, encode, args,
+                                         {}, bar))
+    tokens = sum(len(completion.ids) for completion in sampled)
+    yield dict(name=kind, seconds=seconds, completions=len(sampled), tokens=tokens,
+               tokens_per_s=tokens / seconds)
+
+
+def measure_default(bench, dtype):
+    """train.py on the embedded model, as a command."""
+    folder = os.path.join(bench.folder, f"default-{dtype}")
+    command = [sys.executable, os.path.join(os.path.dirname(HERE), "train.py"), "--dtype", dtype,
+               "--out", folder]
+    if bench.name == "tiny":
+        command += ["--steps", "2", "--eval_every", "0"]
+    start = time.perf_counter()
+    done = subprocess.run(command, cwd=os.path.dirname(HERE), text=True, timeout=bench.left(),
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    said = done.stdout.strip().splitlines()
+    if done.returncode:
+        raise RuntimeError(said[-1])
+    with open(os.path.join(folder, "log.jsonl"), encoding="utf-8") as lines:
+        log = [json.loads(line) for line in lines]
+    scores = [row["eval_accuracy"] for row in log if "eval_accuracy" in row]
+    steps = [row for row in log if "seconds_rollout" in row]
+    yield dict(name=dtype, seconds=time.perf_counter() - start, accuracy=scores,
+               rollout_s=sum(row["seconds_rollout"] for row in steps),
+               update_s=sum(row["seconds_update"] for row in steps),
+               gap=float(np.mean([row["gap"] or 0 for row in steps])))
+
+
+# ---- The command ---------------------------------------------------------------------------------
+class Bench(SimpleNamespace):
+    """What the parts share: size, device, run, knobs, folder, flops, bandwidth, end."""
+
+    def left(self):
+        """Seconds."""
+        return max(1, int(self.end - time.monotonic()))
+
+    def do(self, part, work, *more):
+        """Do a part; write and print its rows. What fails is a row."""
+        def stop(number, frame):
+            raise TimeoutError("it took too long")
+        start = time.monotonic()
+        rows = []
+        signal.signal(signal.SIGALRM, stop)
+        try:
+            if self.left() < 5:
+                raise TimeoutError("no time was left")
+            signal.alarm(min(LIMIT, self.left()))
+            rows += work(self, *more)
+        except Exception as error:  # whatever it is, the other parts are worth having
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            rows.append(dict(name=" ".join(map(str, more)), error=f"{type(error).__name__}: "
+                             f"{str(error)[:300]} ({last.filename}:{last.lineno})"))
+        finally:
+            signal.alarm(0)
+        for row in rows:
+            row = dict(part=part, **row, part_s=time.monotonic() - start)
+            self.rows.append(row)
+            append_jsonl(self.out, row)
+            print(show(row), flush=True)
+
+
+def show(row):
+    """A row as a line of a Markdown table."""
+    cells = []
+    for key, value in row.items():
+        if key not in ("part", "name"):
+            cells.append(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}")
+    return f"| {row['part']} | {row.get('name', '')} | {', '.join(cells)} |"
+
+
+def main():
+    parser = arguments("What one GPU does.")
+    parser.add_argument("--tiny", action="store_true", help="a tiny model, on any machine")
+    parser.add_argument("--minutes", type=float, default=8, help="all in all")
+    parser.add_argument("--out", help="default results/gpu.jsonl")
+    args = parser.parse_args()
+    name = "tiny" if args.tiny else "qwen2.5-1.5b"
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    bench = Bench(name=name, size=SIZES[name], device=device, rows=[], flops=1e12, bandwidth=1e11,
+                  out=args.out or os.path.join(HERE, "gpu.jsonl"),
+                  end=time.monotonic() + 60 * args.minutes)
+    if args.tiny:
+        evaluate.COMPILER = dict(backend="eager")
+
+    def set_up(bench):
+        bench.run, bench.knobs = make_run(bench.size, device)
+        weights = sum(p.numel() for p in bench.run.models.student.parameters())
+        card = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+        yield dict(name=card, weights=weights, torch=torch.__version__)
+    first, *others = bench.size["rows"]
+    with tempfile.TemporaryDirectory() as bench.folder:
+        print("| part | what | figures |\n|---|---|---|")
+        bench.do("model", set_up)
+        bench.do("peak", measure_peak)
+        for kind in ("plain", "graph", "compiled"):
+            bench.do("decode", decode_as(kind), first)
+        for kind in ("packed", "padded"):
+            bench.do("update", measure_update, kind)
+        for kind in ("plain", "graph"):
+            bench.do("step", measure_step, kind)
+        bench.do("default", measure_default, "bfloat16")
+        for rows in others:
+            for kind in ("plain", "graph"):
+                bench.do("decode", decode_as(kind), rows)
+        bench.do("search", measure_search, "graph")
+        for rows in others:
+            bench.do("decode", decode_as("compiled"), rows)
+        bench.do("step", measure_step, "compiled")
+        bench.do("default", measure_default, "float32")
+
+
+if __name__ == "__main__":
+    run_command(main)
