@@ -23,7 +23,7 @@ from collections import deque
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import cache, lru_cache, partial
-from itertools import chain
+from itertools import chain, islice
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 from zlib import crc32
@@ -671,7 +671,8 @@ def sample_token(logits, temperature, uniform):
     seed alone, not on who else is in the batch.
     """
     greedy = temperature == 0
-    logps = torch.log_softmax(logits.float() / temperature.masked_fill(greedy, 1.0)[:, None], dim=-1)
+    divisor = temperature.masked_fill(greedy, 1.0)[:, None]
+    logps = torch.log_softmax(logits.float() / divisor, dim=-1)
     token = logps.argmax(-1)
     if uniform is not None:
         cumulative = logps.exp().cumsum(-1, dtype=torch.float64)
@@ -861,7 +862,7 @@ class Decoder:
         count = min(len(self.waiting), slots - len(live))
         if 8 * count < len(live):
             count = 0  # an eighth at a time: to begin one takes as long as to begin many
-        new = [self.waiting.popleft() for _ in range(count)]
+        new = list(islice(self.waiting, count))
         rows = self.row_count(len(live) + len(new), slots)
         longest = max((len(row.prompt) for row in new), default=0)
         full = self.now and self.used == self.now.columns
@@ -934,7 +935,7 @@ class Decoder:
             self.begin(new)
 
     def begin(self, new):
-        """Let new completions begin in free rows."""
+        """Let new completions, the first of those that wait, begin in free rows."""
         free = [k for k, row in enumerate(self.rows) if row is None][:len(new)]
         index = torch.tensor(free, device=self.model.device)
         for k, layer in enumerate(prefill(self.model, [row.prompt for row in new])):
@@ -942,6 +943,7 @@ class Decoder:
         for k, row in zip(free, new):
             row.uniform = rng(*row.seed).random(row.max_new_tokens)
             self.rows[k] = row
+            self.waiting.popleft()  # only now: memory may have run out before
 
     def sample(self):
         """The next id of each row, and its log-prob: two lists."""
@@ -987,25 +989,6 @@ class Decoder:
             if BLANK_LINE.search(text.lstrip()):
                 return True
         return row.ids[-1] in self.ends or len(row.ids) == row.max_new_tokens
-
-
-def static_layer(keys, values, rows, columns):
-    """An empty StaticLayer for keys and values like these, (n, heads, T, head_dim)."""
-    layer = StaticLayer(columns)
-    layer.lazy_initialization(keys[:1].expand(rows, -1, -1, -1), values[:1].expand(rows, -1, -1, -1))
-    return layer
-
-
-def fill(layer, parts, width):
-    """Put the (keys, values) of all parts, each (n, heads, T, head_dim), below each other in a
-    StaticLayer, so that all end in the column before `width`, where the next token goes."""
-    row = 0
-    for keys, values in parts:
-        end = row + len(keys)
-        layer.keys[row:end, :, width - keys.shape[2]:width] = keys
-        layer.values[row:end, :, width - keys.shape[2]:width] = values
-        row = end
-    layer.cumulative_length.fill_(width)
 
 
 # ---- Scoring -------------------------------------------------------------------------------------

@@ -175,8 +175,8 @@ def test_a_completion_depends_on_its_seed_alone():
 
 
 def test_slots_are_refilled(monkeypatch):
-    """All waited for the longest completion of a batch. Nine of ten slots are at work until the last
-    completion begins, and each is given back when it ends, the same as alone."""
+    """All waited for the longest completion of a batch. Nine of ten slots are at work until the
+    last completion begins, and each is given back when it ends, the same as alone."""
     model, tokenizer = tiny()
     prompts = prompts_of(tokenizer) * 20
     alone = evaluate.generate(model, tokenizer, prompts, 30, batch_size=1)
@@ -320,6 +320,13 @@ def test_out_of_memory_halves_the_batch(monkeypatch, capsys, room):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return call(step, *given)
     monkeypatch.setattr(evaluate.Step, "__call__", small)
+    prefill = evaluate.prefill
+
+    def small_prefill(model, prompts):
+        if room < len(prompts) < 5:  # after the first time
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return prefill(model, prompts)
+    monkeypatch.setattr(evaluate, "prefill", small_prefill)
     assert evaluate.generate(model, tokenizer, prompts, 9) == whole
     assert "out of memory; going on with" in capsys.readouterr().out
     room = 0
