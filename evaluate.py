@@ -573,15 +573,20 @@ def with_less_memory(work, size):
         try:
             return work(size), size
         except RuntimeError as error:
-            if not is_out_of_memory(error) or size == 1:
+            if not is_out_of_memory(error) or size == 1 and not KEPT:
                 raise
-        size = size // 2
-        print(f"out of memory; going on with {size} at a time, the same results", flush=True)
+        if KEPT:  # what decoding has left for its next time
+            KEPT.clear()
+            torch.cuda.empty_cache()
+        else:
+            size = size // 2
+            print(f"out of memory; going on with {size} at a time, the same results", flush=True)
 
 
 def is_out_of_memory(error):
     """Whether this error is that of CUDA's allocator or of the CPU's."""
-    return isinstance(error, torch.OutOfMemoryError) or "t allocate memory" in str(error)
+    said = ("t allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in said)
 
 
 def peak_memory():
@@ -738,7 +743,6 @@ class Step:
     """
 
     def __init__(self, model, rows, columns, compiled):
-        self.model = model
         self.rows = rows
         self.columns = columns
         self.compiled = compiled
@@ -762,12 +766,12 @@ class Step:
         layer.values[rows, :, begin:used] = values
         layer.cumulative_length.fill_(used)
 
-    def __call__(self, used, inputs):
+    def __call__(self, model, used, inputs):
         """decode_step(model, cache, *inputs), where so many columns are used."""
-        if not self.compiled or self.model.device.type != "cuda":
-            return self.run(self.model, Cache(self.layers), *inputs)
+        if not self.compiled or model.device.type != "cuda":
+            return self.run(model, Cache(self.layers), *inputs)
         if self.graph is None:
-            self.record(used, inputs)
+            self.record(model, used, inputs)
         for place, value in zip(self.inputs, inputs):
             place.copy_(value)
         self.graph.replay()
@@ -778,27 +782,36 @@ class Step:
         for layer in self.layers:
             layer.cumulative_length.fill_(used)
 
-    def record(self, used, inputs):
+    def record(self, model, used, inputs):
         """Record the kernels of one step as a CUDA graph, after two steps that compile them."""
         self.inputs = [value.clone() for value in inputs]
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
-            for _ in range(2):
-                self.run(self.model, Cache(self.layers), *self.inputs)
-                self.rewind(used)
-        torch.cuda.current_stream().wait_stream(aside)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=graph_memory()):
-            self.outputs = self.run(self.model, Cache(self.layers), *self.inputs)
-        self.rewind(used)
+        keeper, stream = recorder()
+        main = torch.cuda.current_stream()
+        stream.wait_stream(main)
+        try:
+            with torch.cuda.stream(stream):  # whatever fails within, the current stream comes back
+                for _ in range(2):
+                    self.run(model, Cache(self.layers), *self.inputs)
+                    self.rewind(used)
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, pool=keeper.pool(), stream=stream,
+                                      capture_error_mode="thread_local"):
+                    self.outputs = self.run(model, Cache(self.layers), *self.inputs)
+        finally:
+            main.wait_stream(stream)
         self.graph = graph
 
 
 @cache
-def graph_memory():
-    """The memory that all graphs share: never do two of them run at once."""
-    return torch.cuda.graph_pool_handle()
+def recorder():
+    """What all graphs share: a small one that keeps their common memory alive, and the stream on
+    which they are recorded. They may share memory for `Decoder.sample` reads what one has found
+    before another is replayed."""
+    stream = torch.cuda.Stream()
+    keeper = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(keeper, stream=stream):
+        torch.zeros(1, device="cuda")
+    return keeper, stream
 
 
 KEPT = WeakKeyDictionary()  # model -> its compiled Steps, for the next Decoder
@@ -824,7 +837,9 @@ class Decoder:
         self.rows = []       # a Completion, or None where one has ended
         self.now = None      # the Step for these rows
         self.used = 0        # columns of its cache
-        self.kept = KEPT.pop(model, {})  # (rows, columns) -> compiled Step
+        self.kept = {}       # (rows, columns) -> compiled Step
+        if self.compiled:
+            self.kept = KEPT.pop(model, {})
         self.work = 0        # completions at work, summed over all steps
         self.room = 0        # slots, summed over all steps
         self.busy = 1.0      # work / room, up to the tail: when the last completion began
@@ -839,7 +854,8 @@ class Decoder:
         """Yield each completion as it ends, until none is left."""
         while self.waiting or any(self.rows):
             yield from self.step()
-        KEPT[self.model] = self.kept
+        if self.compiled:
+            KEPT[self.model] = self.kept
 
     def step(self):
         """Sample one token in every row. Returns the completions that ended with it.
@@ -966,17 +982,20 @@ class Decoder:
         if self.compiled or any(temperature):
             draws = tensor(uniform, dtype=torch.float64)
         inputs = [tensor(last), tensor(position), tensor(temperature, dtype=torch.float32), draws]
+        failure = None
         try:
-            tokens, logps = self.now(self.used, inputs)
+            tokens, logps = self.now(self.model, self.used, inputs)
         except Exception as error:
             if not self.compiled or is_out_of_memory(error):
                 raise
-            say(f"decoding is not compiled: {type(error).__name__}, {shorten(str(error))}")
+            failure = f"{type(error).__name__}, {shorten(str(error))}"
+        if failure:  # here, for the exception held what had been compiled
+            say(f"decoding is not compiled: {failure}")
             self.compiled = self.now.compiled = COMPILE = False
             self.now.run = decode_step
             self.kept = {}
             self.now.rewind(self.used)
-            tokens, logps = self.now(self.used, inputs)
+            tokens, logps = self.now(self.model, self.used, inputs)
         return tokens.tolist(), logps.tolist()
 
     def has_ended(self, row):

@@ -305,6 +305,21 @@ def test_where_nothing_can_be_compiled_the_plain_step_goes_on(compiled, monkeypa
     assert said.count("decoding is not compiled: ") == 1 and "no compiler here" in said
 
 
+def test_what_decoding_keeps_goes_first_where_memory_runs_out():
+    """Only then is the batch halved."""
+    model, _ = tiny()
+    evaluate.KEPT[model] = {}
+    sizes = []
+
+    def work(size):
+        sizes.append(size)
+        if len(sizes) < 3:
+            raise RuntimeError("CUDA error: out of memory")
+        return "done"
+    assert evaluate.with_less_memory(work, 8) == ("done", 4)
+    assert sizes == [8, 8, 4] and not evaluate.KEPT
+
+
 @pytest.mark.parametrize("room", [1, 2, 5])
 def test_out_of_memory_halves_the_batch(monkeypatch, capsys, room):
     """Half as many side by side give the same completions; one that does not fit is an error."""
