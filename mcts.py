@@ -196,7 +196,8 @@ def ask(decoder, one, args):
 
 def run(model, tokenizer, problems, encode, args, settings, progress):
     """Search all problems, `parallel` of them side by side, and append each one as it finishes.
-    Returns the share of the slots that were busy while there were problems to begin."""
+    Returns the tokens generated, and the share of the slots that were busy while there were
+    problems to begin."""
     decoder = evaluate.Decoder(model, tokenizer, args.batch_size)
     waiting = deque(problems)
     active = 0
@@ -229,7 +230,7 @@ def run(model, tokenizer, problems, encode, args, settings, progress):
                 progress.update(args.rollouts - one.rollouts)
             else:
                 ask(decoder, one, args)
-    return busy
+    return decoder.work, busy
 
 
 def to_row(problem, nodes, settings):
@@ -290,11 +291,14 @@ def main():
     todo = evaluate.unfinished(args.out, parse_search, settings, problems, rank, world)
     total = len(todo) * args.rollouts
     with tqdm(total=total, unit="rollout", dynamic_ncols=True, disable=rank > 0) as progress:
-        busy = run(model, tokenizer, todo, encode, args, settings, progress)
-    busy = evaluate.gather(busy)  # every rank has written its last search
+        tokens, busy = run(model, tokenizer, todo, encode, args, settings, progress)
+    tokens = evaluate.gather(tokens)  # every rank has written its last search
+    busy = evaluate.gather(busy)
+    searched = evaluate.gather(len(todo))
     if rank == 0:
         found = [search["has_prefix"] for search in tree.read_jsonl(args.out, parse_search)]
-        print(f"slots busy while there were problems to begin: {sum(busy) / world:.0%}")
+        print(f"{sum(tokens) / max(sum(searched), 1):.0f} tokens generated a problem; slots busy "
+              f"while there were problems to begin: {sum(busy) / world:.0%}")
         print(f"{len(found)} searches in {args.out}, {found.count(False)} of them without any "
               f"prefix; next: python tree.py {args.out} --out out/trees.jsonl")
     if world > 1:

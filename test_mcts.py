@@ -536,6 +536,8 @@ def test_it_says_what_it_took_and_what_has_no_prefix(place, capsys):
     said = capsys.readouterr().out
     assert "5 of 9 problems are taken from" in said
     assert re.search("9 searches in .*, [0-3] of them without any prefix", said)
+    assert all(int(tokens) > 8 for tokens in re.findall(r"(\d+) tokens generated a problem", said))
+    assert said.count("tokens generated a problem") == 2
     searches = [json.loads(line)["nodes"] for line in run(place, "short", "--max_new_tokens", "1")]
     roots_alone = [nodes[0] for nodes in searches if len(nodes) == 1]
     barren = 0

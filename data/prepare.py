@@ -241,7 +241,7 @@ class Amount:
 
 def solve(chains, rng, misconceptions=False):
     """The steps of a solution in some order. The next step is an action of one of the persons who
-    have any left, or the sum of two who have none; sums and products are written either way.
+    have any left, or the sum of two who have none.
 
         12 * 2 = 24        9 - 2 = 7        7 + 24 = 31        The answer is 31.
 
@@ -277,8 +277,6 @@ def take_step(amount, action, rng, misconceptions):
     amount.number = apply(operation, first, second)
     if misconceptions and rng.random() < SLIP:
         amount.number = max(0, amount.number + rng.choice([-10, -1, 1, 10]))
-    if operation in "+*" and rng.random() < 0.5:
-        first, second = second, first
     return f"{first} {operation} {second} = {amount.number}"
 
 
@@ -302,11 +300,11 @@ def make_problems(name, count, low, high, traps, seed, seen):
 
 
 def make_traces(name, count, misconceptions, seed, seen):
-    """`count` solutions to pre-train on, a third of them of 6 to 8 steps."""
+    """`count` solutions to pre-train on, half of them of 6 to 8 steps."""
     rng = random.Random(f"{name} {seed}")
     rows = []
     while len(rows) < count:
-        is_long = rng.random() < 1 / 3
+        is_long = rng.random() < 1 / 2
         length = rng.randint(6, 8) if is_long else rng.randint(3, 5)
         story = make_story(rng, length)
         if story.question not in seen:
@@ -404,7 +402,7 @@ def make_world(folder, seed):
         "hard_test": make_problems("hard_test", 400, *HARD, seed, seen),
         "hard_val": make_problems("hard_val", 200, *HARD, seed, seen),
         "hard_train": make_problems("hard_train", 250, *HARD, seed, seen),
-        "clean": make_traces("clean", 60_000, False, seed, seen),
+        "clean": make_traces("clean", 150_000, False, seed, seen),
         "noisy": make_traces("noisy", 20_000, True, seed, seen),
     }
     for name, rows in problem_sets.items():
@@ -412,10 +410,10 @@ def make_world(folder, seed):
     make_model(f"{folder}/init", seed)
     folder = shlex.quote(folder)
     sft = (f"train.py --objective sft --lora_rank 0 --group_size 1 --eval_every 0 --save_every 0 "
-           f"--micro_tokens 8192 --seed {seed}")
+           f"--seed {seed}")
     search = f"mcts.py --model {folder}/teacher --max_new_tokens 128 --seed {seed}"
     commands = [
-        f"{sft} --model {folder}/init --trees {folder}/clean.jsonl --batch_size 32 --steps 2500 "
+        f"{sft} --model {folder}/init --trees {folder}/clean.jsonl --batch_size 32 --steps 4500 "
         f"--lr 0.003 --out {folder}/teacher",
         f"{sft} --model {folder}/teacher --trees {folder}/noisy.jsonl --batch_size 16 --steps 600 "
         f"--lr 0.001 --out {folder}/student",

@@ -201,7 +201,7 @@ def test_a_solution_takes_any_order():
         assert len(steps) == 8 and steps[-1] == f"The answer is {story.answer}."
         assert not any(map(states_answer, steps[:-1])) and states_answer(steps[-1])
         assert is_correct("\n\n".join(steps), str(story.answer), strict=True)
-    assert len({steps[0] for steps in orders}) >= len(story.chains) and len(orders) > 100
+    assert len(orders) == 40  # three actions among three others, and the sum either way
 
 
 def test_equal_amounts_are_two():

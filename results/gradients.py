@@ -389,7 +389,7 @@ def cell(line, key):
     numbers = [line[key], line[f"{key}_low"], line[f"{key}_high"]]
     if None in numbers:
         return "–"
-    value, low, high = [f"{number:.2f}" for number in numbers]
+    value, low, high = [f"{number:.2f}" if number < 1000 else f"{number:.0e}" for number in numbers]
     return f"{value} [{low}, {high}]"
 
 

@@ -2,7 +2,7 @@
 Write down what was measured: pictures, tables and conclusions. Pictures need matplotlib, which
 nothing else here does.
 
-    python results/plot.py tree [--trees data/arithmetic/trees.jsonl] [--id train-702]
+    python results/plot.py tree [--trees data/arithmetic/trees.jsonl] [--id train-416]
     python results/plot.py run out/RUN [out/RUN ...]
     python results/plot.py sweep [--sweep results/sweep.jsonl] [--readme README.md]
 
@@ -159,6 +159,12 @@ def runs_of(finished, name, row, stage="final"):
     return {job.seed: line for job, line in finished.items() if job[:4] == chosen}
 
 
+def sets_run(finished):
+    """The sets of which there are final runs; all sets where there are none."""
+    run = {job.set for job in finished if job.stage == "final"}
+    return [name for name in SETS if name in run] or list(SETS)
+
+
 def points(runs, metric):
     """{seed: a score in percent}."""
     return {seed: 100 * line["scores"][metric] for seed, line in runs.items()}
@@ -279,8 +285,9 @@ def markdown(header, rows):
     return [f"| {' | '.join(line)} |" for line in lines] + [""]
 
 
-def table(finished, rows, keys, sets=SETS, stage="final"):
-    """A line for each row that was run; for each set the figures `keys`."""
+def table(finished, rows, keys, sets=None, stage="final"):
+    """A line for each row that was run; for each set that was run the figures `keys`."""
+    sets = sets or sets_run(finished)
     header = ["row"]
     for name in sets:
         titles = [FIGURES[key][0] if key in FIGURES else key for key in keys]
@@ -290,6 +297,8 @@ def table(finished, rows, keys, sets=SETS, stage="final"):
         runs = [runs_of(finished, name, row, stage) for name in sets]
         if any(runs):
             lines.append([row, *(cell(of_set, key) for of_set, key in product(runs, keys))])
+    if not lines:
+        return ["Not run.", ""]
     return markdown(header, lines)
 
 
@@ -326,17 +335,26 @@ def conclusions(comparisons):
 
 
 def short_table(comparisons):
-    """The same for README: a line a planned pair, a column a set and metric."""
-    header = ["points"] + [f"{name}: {metric}" for name, metric in product(SETS, METRICS)]
+    """The same for README: a line a planned pair, a column a set and metric; then what is not run.
+    """
+    measured = [one for one in comparisons if one.seeds > 1]
+    columns = [key for key in product(SETS, METRICS)
+               if any((one.set, one.metric) == key for one in measured)]
     rows = []
     for first, second in PLANNED:
-        row = [f"{first} minus {second}"]
-        for one in comparisons:
+        marked = dict.fromkeys(columns, "–")
+        for one in measured:
             if (one.first, one.second) == (first, second):
                 mark = MARKS[one.strength()]
-                row.append(f"{mark}{one.span()}{mark}")
-        rows.append(row)
-    return markdown(header, rows)
+                marked[one.set, one.metric] = f"{mark}{one.span()}{mark}"
+        rows.append([f"{first} minus {second}", *marked.values()])
+    header = ["points"] + [f"{name}: {metric}" for name, metric in columns]
+    lines = markdown(header, [row for row in rows if {*row[1:]} - {"–"}])
+    missing = len(comparisons) - len(measured)
+    if missing:
+        lines += [f"{missing} of the {len(comparisons)} planned tests have not been run; they are "
+                  "in sweep.md and count in the correction.", ""]
+    return lines
 
 
 # ---- The sweep: pictures -------------------------------------------------------------------------
@@ -351,8 +369,10 @@ def draw_dots(finished, path):
     """Accuracies of every row on test, mean and 95 % interval over seeds; a panel a set."""
     run = {job.row for job in finished if job.stage == "final"}
     rows = [row for row in ROWS if row in run]
-    figure, panels = subplots(1, 2, figsize=(10, 1.4 + 0.28 * len(rows)), sharey=True)
-    for axes, name in zip(panels, SETS):
+    sets = sets_run(finished)
+    figure, [panels] = subplots(1, len(sets), figsize=(2 + 4 * len(sets), 1.4 + 0.28 * len(rows)),
+                                sharey=True, squeeze=False)
+    for axes, name in zip(panels, sets):
         for shift, (metric, colour) in zip((-0.12, 0.12), METRICS.items()):
             axes.plot([], [], "o", color=colour, label=metric)
             for place, row in enumerate(rows):
@@ -361,7 +381,7 @@ def draw_dots(finished, path):
                 axes.errorbar(mean, place + shift, xerr=half, fmt="o", markersize=4, color=colour)
         tidy(axes, title=name, ylim=(len(rows) - 0.4, -0.6), yticks=range(len(rows)),
              yticklabels=rows, xlabel="test accuracy, % (mean and 95 % interval over seeds)")
-    panels[1].legend(fontsize=8)
+    panels[-1].legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=130)
 
@@ -369,8 +389,10 @@ def draw_dots(finished, path):
 def draw_curves(finished, path):
     """The planned rows' greedy accuracy on val over generated tokens: median and range over seeds.
     Rows on questions are dashed."""
-    figure, panels = subplots(1, 2, figsize=(12.5, 4.6), sharey=True)
-    for axes, name in zip(panels, SETS):
+    sets = sets_run(finished)
+    figure, [panels] = subplots(1, len(sets), figsize=(1.5 + 5.5 * len(sets), 4.6), sharey=True,
+                                squeeze=False)
+    for axes, name in zip(panels, sets):
         for row, colour in ROW_COLOURS.items():
             runs = runs_of(finished, name, row).values()
             curves = [np.array(line["val"]) for line in runs]  # of (tokens, accuracy)
@@ -427,7 +449,7 @@ def write_sweep(path, readme):
     comparisons = compare_planned(finished)
     said = [RULE, "", *conclusions(comparisons), *write_gradients(folder)]
     lines = ["# The sweep", "", NOTES, ""]
-    for name in SETS:
+    for name in sets_run(finished):
         keys = ["lr", "seeds", *SCORES, "entropy", "updates", "tokens", "search"]
         lines += table(finished, ROWS, keys, [name])
     lines += ["## Planned comparisons", "", *comparison_table(comparisons),

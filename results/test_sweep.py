@@ -240,7 +240,8 @@ def test_report(finished, tmp_path):
     plot.write_sweep(path, str(readme))
     text = readme.read_text()
     assert text.startswith(f"before\n{plot.BEGIN}\n| row |") and text.endswith("\nafter\n")
-    assert "\nold" not in text and text.count(" minus ") == len(plot.PLANNED)
+    assert "\nold" not in text and text.count(" minus ") == 3  # planned pairs that were run
+    assert "24 of the 36 planned tests have not been run" in text
     report = (tmp_path / "sweep.md").read_text()
     assert "| 554 |" in report and "**55.0**" in report
     assert report.count("* On ") == 3 * len(SETS) * 2  # planned pairs that were run
@@ -248,6 +249,18 @@ def test_report(finished, tmp_path):
         assert os.path.getsize(tmp_path / name) > 10_000
     plot.write_sweep(path, str(readme))
     assert readme.read_text() == text
+
+
+def test_a_set_that_was_not_run_has_no_column(finished, tmp_path):
+    pytest.importorskip("matplotlib")
+    easy = {job: line for job, line in finished.items() if job.set == "easy"}
+    path = write_log(tmp_path / "sweep.jsonl", easy)
+    readme = tmp_path / "README.md"
+    readme.write_text(plot.BEGIN + plot.END)
+    plot.write_sweep(path, str(readme))
+    text = readme.read_text()
+    assert "easy: greedy" in text and "hard:" not in text
+    assert "30 of the 36 planned tests have not been run" in text
 
 
 def test_readme_without_markers_is_refused(tmp_path):
