@@ -74,8 +74,8 @@ def uct(child, parent, c):
 
 
 def select(nodes, c, rng):
-    """The node to work on next: not visited, or not expanded, or without next steps, for it ends a
-    solution. Such an end may be selected again: its reward is backed up once more, as UCT has it."""
+    """The node to work on next: not visited, or not expanded, or an end without next steps. An end
+    may be selected again: its reward is backed up once more, as UCT has it."""
     node = 0
     while nodes[node].expanded and nodes[node].children:
         children = nodes[node].children

@@ -578,8 +578,8 @@ def warm_up_critic(run, samples, args):
     for _ in range(args.critic_warmup):
         _, _, is_finite = optimiser_step(run, samples, args, warm_up=True)
         if not is_finite:
-            raise InputError("the critic's gradient is not finite before the first update; expected "
-                             "a --critic that has not diverged")
+            raise InputError("the critic's gradient is not finite before the first update. "
+                             "Expected a --critic that has not diverged.")
         samples = share_credit(samples, run, args)
     return samples
 
