@@ -415,12 +415,14 @@ def table(lines):
     text = [f"| {' | '.join(row)} |" for row in rows]
     for label in labels:
         flat = at["flat", label]
+        constraints = ""
+        if flat["sat"] is not None:  # groups on questions have none
+            constraints = f"; flat satisfies {100 * flat['sat']:.0f} % of the order constraints"
         text += ["", f"{label}: {flat['groups']} groups of `--group {flat['group']}`, "
                  f"of {flat['problems']} problems: {100 * flat['solved']:.0f} % solved, "
                  f"{100 * flat['dead']:.0f} % of groups dead, {100 * flat['triplets']:.0f} % of "
-                 f"the others with a triplet; flat satisfies {100 * flat['sat']:.0f} % of the "
-                 f"order constraints. As much noise as signal is in the mean of "
-                 f"{1 / flat['signal']:.0f} groups of flat."]
+                 f"the others with a triplet{constraints}. As much noise as signal is in the mean "
+                 f"of {1 / flat['signal']:.0f} groups of flat."]
     return "\n".join([*text, ""])
 
 

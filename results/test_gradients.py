@@ -220,7 +220,8 @@ def test_table_and_picture(tmp_path):
         lines.append(line)
     text = gradients.table(lines)
     assert "| flat | 1.00 [1.00, 1.00] | 1.00 [1.00, 1.00] |" in text
-    assert "| optimal | – | – |" in text
+    assert "| optimal | – | – |" in text and "flat satisfies 80 % of the order" in text
+    assert "satisfies" not in gradients.table([line | dict(sat=None) for line in lines])
     pytest.importorskip("matplotlib")
     gradients.draw(lines, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 1000
