@@ -593,9 +593,12 @@ def peak_memory():
     """MiB at most in use so far: by CUDA's allocator, else resident in the process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2 ** 20
+    if sys.platform == "linux":  # getrusage begins with the peak of the process that started it
+        with open("/proc/self/status", encoding="utf-8") as status:
+            kibibytes = re.search(r"VmHWM:\s+(\d+)", status.read()).group(1)
+        return int(kibibytes) / 2 ** 10
     import resource
-    unit = 2 ** 20 if sys.platform == "darwin" else 2 ** 10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20  # bytes on macOS
 
 
 def generate(model, tokenizer, prompts, max_new_tokens, temperature=1.0, seeds=None,

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import socket
+import subprocess
 import sys
 from functools import partial
 from types import SimpleNamespace
@@ -303,6 +304,17 @@ def test_where_nothing_can_be_compiled_the_plain_step_goes_on(compiled, monkeypa
         assert evaluate.generate(model, tokenizer, prompts, 15) == expected
     said = capsys.readouterr().out
     assert said.count("decoding is not compiled: ") == 1 and "no compiler here" in said
+
+
+def test_the_peak_of_memory_is_the_process_s_own():
+    """A process that a large one has started had the large one's peak, and every part of the
+    benchmark the same."""
+    large = np.ones(2 ** 27)  # 1 GiB
+    assert evaluate.peak_memory() > 2 ** 10
+    code = "import evaluate; print(evaluate.peak_memory())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 50 < float(done.stdout) < 2 ** 10
+    del large
 
 
 def test_what_decoding_keeps_goes_first_where_memory_runs_out():

@@ -970,8 +970,8 @@ class Log:
         rows = evaluate.score(run.models.student, run.tokenizer, mine,
                               2 * self.args.max_new_tokens,
                               encode_prefix=evaluate.encoder(run.tokenizer, self.args))
-        shares = gather(list(tqdm(rows, total=len(mine), leave=False, disable=run.rank > 0,
-                                  dynamic_ncols=True)))
+        rows = tqdm(rows, total=len(mine), leave=False, disable=run.rank > 0, dynamic_ncols=True)
+        shares = gather(list(rows))
         if run.rank == 0:
             path = eval_path(self.args, run.step)
             write_jsonl(path, chain(*shares))

@@ -30,7 +30,7 @@ from unittest.mock import patch
 import numpy as np
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path.insert(0, os.path.dirname(HERE))
+sys.path[:0] = [HERE, os.path.dirname(HERE)]
 import evaluate  # noqa: E402
 import torch  # noqa: E402
 from peft import LoraConfig, get_peft_model  # noqa: E402
@@ -41,6 +41,7 @@ from transformers import (AutoModelForCausalLM, PreTrainedTokenizerFast,  # noqa
 
 import mcts  # noqa: E402
 import train  # noqa: E402
+from benchmark import clock  # noqa: E402
 from tree import append_jsonl, arguments, micro_batches, rng, run_command  # noqa: E402
 
 SIZES = {
@@ -108,21 +109,6 @@ def make_batch(size, knobs):
 
 
 # ---- Parts: each yields rows ---------------------------------------------------------------------
-def clock(work):
-    """Seconds of one call."""
-    synchronize()
-    start = time.perf_counter()
-    work()
-    synchronize()
-    return time.perf_counter() - start
-
-
-def synchronize():
-    """Wait for what CUDA still has to do."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
 def measure_peak(bench):
     """FLOP/s of a bf16 product, bytes/s of a copy, read and written."""
     n = bench.size["product"]

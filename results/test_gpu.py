@@ -19,6 +19,7 @@ def bench_rows(tmp_path, *more):
 
 
 def test_every_part_has_its_rows_and_a_failure_is_one(tmp_path, capsys):
+    """The default's process cannot be started: one row says so, and all others are measured."""
     rows = bench_rows(tmp_path)
     failed = [row for row in rows if "error" in row]
     assert {row["part"] for row in failed} == {"default"}
@@ -33,12 +34,14 @@ def test_every_part_has_its_rows_and_a_failure_is_one(tmp_path, capsys):
 
 
 def test_without_time_every_part_says_so(tmp_path):
+    """None is left out in silence."""
     rows = bench_rows(tmp_path, "--minutes", "0")
     assert len(rows) > 12 and all("no time was left" in row["error"] for row in rows)
 
 
 @pytest.mark.parametrize("name", gpu.SIZES)
 def test_the_prefixes_of_a_group_are_of_one_tree(name):
+    """Else packing would save nothing, and its speed would be another's."""
     size = gpu.SIZES[name]
     knobs = gpu.train.parse_args(["--preset", "paper"])
     samples = gpu.make_batch(size, knobs)

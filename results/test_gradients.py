@@ -221,6 +221,8 @@ def test_table_and_picture(tmp_path):
     text = gradients.table(lines)
     assert "| flat | 1.00 [1.00, 1.00] | 1.00 [1.00, 1.00] |" in text
     assert "| optimal | – | – |" in text and "flat satisfies 80 % of the order" in text
+    wide = [lines[0] | dict(efficiency_high=2.7e11), lines[1]]
+    assert "| flat | 1.00 [1.00, 3e+11] |" in gradients.table(wide)
     assert "satisfies" not in gradients.table([line | dict(sat=None) for line in lines])
     pytest.importorskip("matplotlib")
     gradients.draw(lines, tmp_path / "picture.png")

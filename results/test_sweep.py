@@ -252,6 +252,7 @@ def test_report(finished, tmp_path):
 
 
 def test_a_set_that_was_not_run_has_no_column(finished, tmp_path):
+    """Nor a panel; that its tests are missing is said."""
     pytest.importorskip("matplotlib")
     easy = {job: line for job, line in finished.items() if job.set == "easy"}
     path = write_log(tmp_path / "sweep.jsonl", easy)
