@@ -913,6 +913,10 @@ def test_a_run_leaves_its_logs_scores_and_model(world, whole):
     assert log(whole)[0]["reward"] == np.mean([line["reward"] for line in rollouts])
     for line in rollouts:
         assert line["prefix"].startswith(tuple(QUESTIONS))
+        assert line["depth"] == line["prefix"].count("\n\n") - 1  # the first closes the question
+    for depth in {line["depth"] for line in rollouts}:
+        solved = [line["solved"] for line in rollouts if line["depth"] == depth]
+        assert log(whole)[0][f"solved_at_{depth}"] == np.mean(solved)
     assert os.listdir(whole / "checkpoint") == ["checkpoint.safetensors"]
     assert not [name for name in os.listdir(whole) if "tmp" in name]
 

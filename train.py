@@ -224,6 +224,7 @@ class Sample:
     completion_ids: list = None
     sampler_logps: list = None       # (n,) of the completion's tokens
     tree: int = 0                    # number of its tree
+    depth: int = 0                   # steps in its prefix
     fresh: bool = False              # drawn for the baseline `mc` alone, not to learn from
     seed: tuple = ()                 # of its random numbers
     truncated: bool = False
@@ -296,12 +297,13 @@ def draw(run, trees, args):
         tree = trees[number]
         draws = rng(args.seed, "group", run.step, g)
         nodes = sample_group(tree, args.group_size, args.group, draws, not args.no_root).tolist()
+        depth = tree.depth().tolist()
         fresh = []
         if args.baseline == "mc":  # App. A.9
             fresh = np.repeat(np.unique(nodes), args.mc_rollouts).tolist()
         for k, node in enumerate(nodes + fresh):
             samples.append(Sample(g, node, tree.prefix_ids(node), tree=number,
-                                  fresh=k >= args.group_size,
+                                  depth=depth[node], fresh=k >= args.group_size,
                                   seed=(args.seed, "completion", run.step, g, k)))
     return samples
 
@@ -903,6 +905,8 @@ def report(run, samples, metrics, parts, args):
     if metrics:
         row["sat_sd"] = mean([group.get("sat") for group in metrics], np.std)
         row["truncated"] = mean([s.truncated for s in samples])
+        for depth in sorted({s.depth for s in samples}):
+            row[f"solved_at_{depth}"] = mean([s.solved for s in samples if s.depth == depth])
         row["gap"] = mean(stats["gap"])
         row["gap_max"] = max(stats["gap"], default=math.nan)
     if metrics and args.behaviour == "student":
@@ -1003,8 +1007,8 @@ class Log:
                   f"{self.args.out}/rollouts.jsonl")
         if run.step % ROLLOUTS_EVERY == 1:
             for s in samples:
-                line = dict(step=run.step, group=s.group, node=s.node, solved=s.solved,
-                            reward=s.reward,
+                line = dict(step=run.step, group=s.group, node=s.node, depth=s.depth,
+                            solved=s.solved, reward=s.reward,
                             advantage=float(np.mean(s.advantages)), truncated=s.truncated,
                             prefix=run.tokenizer.decode(s.prefix_ids),
                             completion=run.tokenizer.decode(s.completion_ids))
