@@ -1056,18 +1056,23 @@ def judge(problem, completions, tokenizer, ends):
 
 
 def mean_interval(values, clusters):
-    """Mean and 95 % interval of one figure a problem: (mean, low, high).
+    """Mean and 95 % interval of one figure a problem, from 0 to 1: (mean, low, high).
 
     clusters   of each problem: instances of one template are not independent. Where all are alone,
                a share has Wilson's interval (1927), which is honest at 0 and at 1.
     """
     values = np.array(values, float)
-    mean = values.mean()
+    if len(set(clusters)) == len(values) and set(values) <= {0.0, 1.0}:
+        interval = binomtest(int(values.sum()), len(values)).proportion_ci(method="wilson")
+        return values.mean(), max(interval.low, 0.0), interval.high
+    return normal_interval(values, clusters)
+
+
+def normal_interval(values, clusters):
+    """The same of any figure, such as a difference, from the variance between clusters."""
+    mean = np.mean(values)
     names, cluster = np.unique(clusters, return_inverse=True)
     count = len(names)
-    if count == len(values) and set(values) <= {0.0, 1.0}:
-        interval = binomtest(int(values.sum()), count).proportion_ci(method="wilson")
-        return mean, max(interval.low, 0.0), interval.high
     deviation = np.bincount(cluster, values - mean)  # summed a cluster
     variance = np.sum(deviation ** 2) * count / max(count - 1, 1)
     half = 1.96 * np.sqrt(variance) / len(values)
@@ -1140,7 +1145,7 @@ def compare(first, second):
     for name, kept in kinds.items():
         a = np.array([np.mean(row["correct"][kept]) for row in first])
         b = np.array([np.mean(row["correct"][kept]) for row in second])
-        difference, low, high = mean_interval(b - a, clusters_of(first))
+        difference, low, high = normal_interval(b - a, clusters_of(first))
         wins = int((b > a).sum())
         losses = int((b < a).sum())
         p = binomtest(wins, max(wins + losses, 1)).pvalue if wins + losses else 1.0

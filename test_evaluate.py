@@ -630,6 +630,9 @@ def test_compare_is_paired():
     assert "8 better, 1 worse" in text
     assert "p = 0.039" in text
     assert "+7.0 points" in text
+    better = evaluate.compare(first, rows_of([[True]] * 100))  # of none that are worse
+    half = 196 * np.sqrt(0.08 * 0.92 / 99)  # it is no share, whose interval would be Wilson's
+    assert f"+8.0 points, 95 % [{8 - half:+.1f}, {8 + half:+.1f}]" in better
     with pytest.raises(InputError, match="no problem in common"):
         evaluate.compare(first, [dict(row, id="other" + row["id"]) for row in second])
     with pytest.raises(InputError, match="other problems under the same id"):
