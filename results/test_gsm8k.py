@@ -1,0 +1,174 @@
+"""
+results/gsm8k.sh and gsm8k.py: a run folder becomes a line, lines a table whose numbers are known,
+and the script goes on where it was stopped.
+"""
+import json
+import os
+import subprocess
+
+import numpy as np
+import pytest
+
+import gsm8k
+from tree import InputError, run_command, write_jsonl
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+
+
+def scored(correct, flexible=None):
+    """Rows of a file of scores, in which correct[k] are the marks of problem k's completions."""
+    rows = []
+    for k, marks in enumerate(correct):
+        rows.append(dict(id=f"q{k}", question=f"{k} + 1", answer=str(k + 1), steps=2 + k % 2,
+                         completions=[""] * len(marks), correct=marks,
+                         flexible=(flexible or correct)[k], truncated=[False] * len(marks),
+                         tokens=[9] * len(marks)))
+    return rows
+
+
+def run_folder(out, name, correct, log=()):
+    """A run folder of this name with its scores and its log."""
+    folder = out / name
+    folder.mkdir(parents=True)
+    write_jsonl(str(folder / "scores.jsonl"), scored(correct))
+    write_jsonl(str(folder / "log.jsonl"), log)
+    return folder
+
+
+def marks(seed, share, problems=40, samples=4):
+    """(problems, 1 + samples) random marks as lists of bool."""
+    return (np.random.default_rng(seed).random((problems, 1 + samples)) < share).tolist()
+
+
+STEPS = [dict(step=1, tokens=100, solved=0.25, dead=0.5, solved_at_0=0.0, solved_at_2=0.5),
+         dict(step=2, tokens=230, solved=0.5, dead=0.0, solved_at_2=0.5)]
+
+
+@pytest.fixture
+def out(tmp_path):
+    """What gsm8k.sh leaves: the student, two rates of an arm, two seeds of two arms."""
+    run_folder(tmp_path, "student", marks(0, 0.1))
+    run_folder(tmp_path, "choose_optimal_1e-4_100", marks(1, 0.2), STEPS)
+    run_folder(tmp_path, "choose_optimal_1e-3_100", marks(2, 0.6), STEPS)
+    for seed in (0, 1):
+        run_folder(tmp_path, f"final_optimal_0.001_{seed}", marks(3 + seed, 0.5), STEPS)
+        run_folder(tmp_path, f"final_grpo_0.0001_{seed}", marks(5 + seed, 0.1), STEPS)
+    (tmp_path / "final_expectation_0.001_0").mkdir()  # not scored yet
+    return tmp_path
+
+
+def test_a_line_holds_the_run(out):
+    """Every mark can be read back, and the log's means by depth, null where there was no sample."""
+    lines = gsm8k.collect(str(out))
+    assert len(lines) == 7
+    [line] = [line for line in lines if line["stage"] == "final" and line["arm"] == "optimal"
+              and line["seed"] == 1]
+    assert line["lr"] == 1e-3 and line["updates"] == 2 and line["tokens"] == 230
+    assert line["dead"] == [0.5, 0.0]
+    assert line["solved_at_0"] == [0.0, None] and line["solved_at_2"] == [0.5, 0.5]
+    read_back = [[mark == "1" for mark in text] for text in line["correct"]]
+    assert np.array_equal(np.transpose(read_back), marks(4, 0.5))
+    assert line["steps"] == [2, 3] * 20
+
+
+def test_the_rate_is_the_best_on_val(out):
+    lines = gsm8k.collect(str(out))
+    assert gsm8k.best_rate(lines, "optimal") == 1e-3
+    with pytest.raises(InputError, match="arm grpo"):
+        gsm8k.best_rate(lines, "grpo")
+
+
+def test_scores_by_hand():
+    """Of two problems with a greedy answer and four samples."""
+    line = dict(correct=["10", "10", "00", "10", "00"], flexible=["11", "10", "00", "10", "00"])
+    assert gsm8k.score(line, "greedy").tolist() == [1, 0]
+    assert gsm8k.score(line, "flexible").tolist() == [1, 1]
+    assert gsm8k.score(line, "mean@4").tolist() == [0.5, 0]
+    assert gsm8k.score(line, "pass@4").tolist() == [1, 0]
+
+
+def test_the_tables_numbers(out):
+    """Means are over problems and seeds, and a difference is paired by problem."""
+    lines = gsm8k.collect(str(out))
+    sampled = {}
+    for name, seeds in dict(student=[0], optimal=[3, 4], grpo=[5, 6]).items():
+        share = {0: 0.1, 3: 0.5, 4: 0.5, 5: 0.1, 6: 0.1}
+        runs = [np.array(marks(seed, share[seed]))[:, 1:].mean(1) for seed in seeds]
+        sampled[name] = np.mean(runs, axis=0)
+    text = gsm8k.table(lines)
+    for name, values in sampled.items():
+        [row] = [row for row in text.splitlines() if row.startswith(f"| {name} |")][:1]
+        assert f"{100 * values.mean():.1f} [" in row
+    difference = sampled["optimal"] - sampled["grpo"]
+    half = 1.96 * difference.std(ddof=1) / np.sqrt(len(difference))
+    low, high = 100 * (difference.mean() - half), 100 * (difference.mean() + half)
+    [row] = [row for row in text.splitlines() if row.startswith("| optimal minus grpo")]
+    assert f"{100 * difference.mean():+.1f} [{low:+.1f}, {high:+.1f}]" in row
+    assert "expectation" not in text  # it has no scores
+
+
+def test_the_command_writes_table_and_picture(out, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    path = str(out / "found.jsonl")
+    for flags in (["collect", str(out)], ["table"]):
+        monkeypatch.setattr("sys.argv", ["gsm8k.py", *flags, "--lines", path])
+        gsm8k.main()
+    assert (out / "found.md").read_text() == capsys.readouterr().out
+    assert (out / "found.png").stat().st_size > 1000
+
+
+def test_scores_of_other_problems_are_refused(out, monkeypatch, capsys):
+    """A run that was scored on the first few would be paired with the wrong problems."""
+    run_folder(out, "final_grpo_0.0001_2", marks(7, 0.1, problems=8), STEPS)
+    path = str(out / "found.jsonl")
+    monkeypatch.setattr("sys.argv", ["gsm8k.py", "collect", str(out), "--lines", path])
+    gsm8k.main()
+    monkeypatch.setattr("sys.argv", ["gsm8k.py", "table", "--lines", path])
+    with pytest.raises(SystemExit) as end:
+        run_command(gsm8k.main)
+    assert end.value.code == 2
+    assert "on [8, 40] problems" in capsys.readouterr().err
+
+
+# ---- The script ----------------------------------------------------------------------------------
+def script(tmp_path, *parts):
+    """Run parts of it with the embedded student, on problems written as GSM8K is."""
+    source = tmp_path / "source"
+    if not source.exists():
+        source.mkdir()
+        for split, count in dict(train=303, test=2).items():
+            rows = []
+            for k in range(count):
+                rows.append(dict(question=f"Ava has {k} apples, doubles them. How many?",
+                                 answer=f"Ava has {k} * 2 = {2 * k}.\n#### {2 * k}"))
+            write_jsonl(str(source / f"{split}.jsonl"), rows)
+    settings = dict(os.environ, SOURCE=str(source), OUT=str(tmp_path / "run"), SFT_STEPS="1",
+                    MODEL=os.path.join(HERE, "..", "data", "arithmetic", "student"), PROBLEMS="2",
+                    RESULTS=str(tmp_path))
+    return subprocess.run(["bash", os.path.join(HERE, "gsm8k.sh"), *parts], env=settings,
+                          capture_output=True, text=True)
+
+
+def test_the_script_goes_on_where_it_was_stopped(tmp_path):
+    """The held-out problems are no training problems, and what is done is not done again."""
+    first = script(tmp_path, "data", "student")
+    assert first.returncode == 0, first.stderr
+    run = tmp_path / "run"
+    ids = {}
+    for name in ("fit", "fit_traces", "val"):
+        ids[name] = [json.loads(line)["id"] for line in (run / f"data/{name}.jsonl").open()]
+    assert ids["fit"] == ids["fit_traces"] == ["train-1", "train-2", "train-3"]
+    assert len(ids["val"]) == 300 and not set(ids["val"]) & set(ids["fit"])
+    weights = (run / "student/adapter_model.safetensors").read_bytes()
+    second = script(tmp_path, "data", "student")
+    assert second.returncode == 0, second.stderr
+    assert (run / "student/adapter_model.safetensors").read_bytes() == weights
+    assert (run / "student/log.jsonl").read_text().count("\n") == 1
+    assert [line.split()[0] for line in (run / "seconds.txt").open()] == ["data", "student"] * 2
+    assert "student" in second.stdout.splitlines()[-1] + second.stdout.splitlines()[-2]
+
+
+def test_an_unknown_part_is_one_sentence(tmp_path):
+    ended = script(tmp_path, "data", "trian")
+    assert ended.returncode == 2 and "there is no part trian" in ended.stderr
+    assert not (tmp_path / "run").exists()
