@@ -372,8 +372,8 @@ def describe(probes):
         problems=len({probe.problem for probe in probes}),
         solved=rounded(np.mean([probe.group.solved.mean() for probe in probes])),
         dead=rounded(1 - len(live) / len(probes)),  # a share, as the next two
-        triplets=rounded(np.mean(order)),
-        sat=rounded(np.nanmean([row["sat"] for row in figures])))
+        triplets=rounded(np.mean(order)) if live else 0.0,
+        sat=rounded(np.nanmean([np.nan, *[row["sat"] for row in figures]])))
 
 
 def rounded(value):
@@ -418,11 +418,14 @@ def table(lines):
         constraints = ""
         if flat["sat"] is not None:  # groups on questions have none
             constraints = f"; flat satisfies {100 * flat['sat']:.0f} % of the order constraints"
+        needed = "an unknown number"
+        if flat["signal"]:
+            needed = f"{1 / flat['signal']:.0f}"
         text += ["", f"{label}: {flat['groups']} groups of `--group {flat['group']}`, "
                  f"of {flat['problems']} problems: {100 * flat['solved']:.0f} % solved, "
                  f"{100 * flat['dead']:.0f} % of groups dead, {100 * flat['triplets']:.0f} % of "
                  f"the others with a triplet{constraints}. As much noise as signal is in the mean "
-                 f"of {1 / flat['signal']:.0f} groups of flat."]
+                 f"of {needed} groups of flat."]
     return "\n".join([*text, ""])
 
 

@@ -7,7 +7,7 @@ What results/gsm8k.sh found: its runs as lines of one file, and their table and 
 
 A line is a run that was scored: the student as it was before, a run that chose a rate on val, or a
 final one on the test. `correct` and `flexible` hold a text for each completion, the greedy one
-first, in which every problem is a 1 or a 0; `steps` says how many steps each problem takes.
+first, in which every problem of `ids` is a 1 or a 0; `steps` says how many steps each one takes.
 """
 import os
 import sys
@@ -27,6 +27,7 @@ KINDS = {  # of a score: (field, which completions, how they are put together)
     "greedy": ("correct", slice(0, 1), np.mean),
     "flexible": ("flexible", slice(0, 1), np.mean),
     "mean@4": ("correct", slice(1, None), np.mean),
+    "flexible mean@4": ("flexible", slice(1, None), np.mean),
     "pass@4": ("correct", slice(1, None), np.max)}
 SMOOTH = 5  # steps of a run that a point of the picture is the mean of
 
@@ -43,10 +44,10 @@ def summarise(folder):
         line = dict(stage=stage, arm=arm, lr=float(rate), seed=int(seed), updates=len(log),
                     tokens=log[-1]["tokens"])
         by_depth = {name for row in log for name in row if name.startswith("solved_at_")}
-        for name in ["solved", "dead", *sorted(by_depth)]:
+        for name in ["solved", "dead", *sorted(by_depth, key=depth_of)]:
             line[name] = [row.get(name) for row in log]  # one a step
     rows = evaluate.read_scores(str(folder / "scores.jsonl"))
-    line["problems"] = len(rows)
+    line["ids"] = [row["id"] for row in rows]
     line["steps"] = [row["steps"] for row in rows]
     for field in ("correct", "flexible"):
         flags = np.array([row[field] for row in rows], int)  # (problems, 1 + samples)
@@ -54,22 +55,23 @@ def summarise(folder):
     return line
 
 
-def collect(out):
-    """The lines of all runs in a folder that have been scored."""
-    folders = sorted(path.parent for path in Path(out).glob("*/scores.jsonl"))
+def depth_of(name):
+    """"solved_at_12" -> 12."""
+    return int(name.rpartition("_")[2])
+
+
+def collect(out, names="*"):
+    """The lines of the runs in a folder that have been scored."""
+    folders = sorted(path.parent for path in Path(out).glob(f"{names}/scores.jsonl"))
+    if not folders:
+        raise InputError(f"{out} has no scored run {names}. Expected the folder of gsm8k.sh")
     return [summarise(folder) for folder in folders]
 
 
-def best_rate(lines, arm):
-    """The rate at which an arm's runs that chose one have the highest mean@4 on val."""
-    scored = {}
-    for line in lines:
-        if line["stage"] == "choose" and line["arm"] == arm:
-            scored.setdefault(line["lr"], []).append(score(line, "mean@4").mean())
-    if not scored:
-        raise InputError(f"no run of the arm {arm} has been scored on val. Expected those of the "
-                         "part choose")
-    return max(scored, key=lambda rate: np.mean(scored[rate]))
+def best_rate(lines):
+    """The rate with the highest mean@4 on val, of the runs of one arm; the lowest of equals."""
+    scored = {line["lr"]: score(line, "mean@4").mean() for line in lines}
+    return max(sorted(scored), key=scored.get)
 
 
 def score(line, kind):
@@ -109,13 +111,14 @@ def markdown(rows):
 
 def score_table(lines, arms):
     """A row an arm: how it was trained, and its scores on the test."""
-    rows = [["arm", "learning rate", "seeds", "updates", *KINDS]]
+    rows = [["arm", "learning rate", "seeds", "updates", "tokens", *KINDS]]
     for arm in arms:
         runs = runs_of(lines, arm)
-        row = [arm, "–", "–", "–"]
+        row = [arm, "–", "–", "–", "–"]
         if arm != "student":
             updates = np.mean([line["updates"] for line in runs])
-            row = [arm, f"{runs[0]['lr']:g}", f"{len(runs)}", f"{updates:.0f}"]
+            tokens = np.mean([line["tokens"] for line in runs])
+            row = [arm, f"{runs[0]['lr']:g}", f"{len(runs)}", f"{updates:.0f}", f"{tokens:,.0f}"]
         for kind in KINDS:
             values = scores(lines, arm, kind)
             row.append(percent(*evaluate.mean_interval(values, range(len(values)))))
@@ -156,13 +159,16 @@ def table(lines):
     """The arms' scores, their differences, and mean@4 by number of steps, as Markdown.
     InputError where the runs on the test are not all of the same problems, or the student is
     missing."""
-    counts = {line["problems"] for line in lines if line["stage"] != "choose"}
-    if not runs_of(lines, "student") or len(counts) > 1:
-        raise InputError(f"the runs were scored on {sorted(counts)} problems of the test. Expected "
-                         "the student's scores and others on the same problems")
+    ids = {tuple(line["ids"]) for line in lines if line["stage"] != "choose"}
+    if not runs_of(lines, "student") or len(ids) > 1:
+        counts = sorted(len(problems) for problems in ids)
+        raise InputError(f"the runs were scored on {counts} problems of the test. Expected the "
+                         "student's scores and others on the same problems")
     arms = [arm for arm in ("student", *ARMS) if runs_of(lines, arm)]
+    about = (f"{len(runs_of(lines, 'student')[0]['ids'])} problems of the test. Intervals are 95 % "
+             "over problems, for these seeds, and not corrected for their number.\n")
     parts = (score_table, difference_table, steps_table)
-    return "\n".join(part(lines, arms) for part in parts)
+    return "\n".join([about, *[part(lines, arms) for part in parts]])
 
 
 # ---- The picture ---------------------------------------------------------------------------------
@@ -184,7 +190,8 @@ def draw(lines, path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     arms = [arm for arm in ARMS if runs_of(lines, arm)]
-    figure, panels = plt.subplots(1, len(arms) + 1, figsize=(3.2 * len(arms) + 3.2, 3.2))
+    width = 3.2 * (len(arms) + 1)
+    figure, [panels] = plt.subplots(1, len(arms) + 1, squeeze=False, figsize=(width, 3.2))
     for arm, axes in zip(arms, panels):
         run = runs_of(lines, arm)[0]
         depths = [name for name in run if name.startswith("solved_at_")]
@@ -234,11 +241,10 @@ def main():
         return
     if not args.folder:
         raise InputError(f"{args.what} reads run folders. Expected OUT, the folder of gsm8k.sh")
-    lines = collect(args.folder)
     if args.what == "rate":
-        print(f"{best_rate(lines, args.arm):g}")
+        print(f"{best_rate(collect(args.folder, f'choose_{args.arm}_*')):g}")
     else:
-        write_jsonl(args.lines, lines)
+        write_jsonl(args.lines, collect(args.folder))
 
 
 if __name__ == "__main__":
