@@ -1117,6 +1117,23 @@ def test_resuming_on_other_trees_is_refused(world):
         here(world, "changed", *flags, "--resume")
 
 
+def test_resuming_with_moved_files(world):
+    """A run that was copied to another machine went on under the same paths alone."""
+    flags = ["--steps", 1, "--eval_every", 0]
+    first = here(world, "adapter_a", *flags)
+    second = here(world, "adapter_b", *flags, "--seed", 1)
+    out = here(world, "moved", *flags, "--adapter", first)
+    shutil.copytree(first, world / "adapter_c")
+    shutil.copy(world / "trees.jsonl", world / "moved.jsonl")
+    here(world, "moved", *flags, "--adapter", world / "adapter_c", "--trees", world / "moved.jsonl",
+         "--resume")
+    assert [row["step"] for row in log(out)] == [1]
+    for other in (["--adapter", second], []):
+        with pytest.raises(InputError, match="the adapter's weights are not those"):
+            here(world, "moved", *flags, *other, "--resume")
+        gc.collect()
+
+
 def test_resuming_with_other_held_out_problems_is_refused(world):
     """The run went to its end, and failed to compare the two accuracies. Without evaluation the
     file does not matter."""

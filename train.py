@@ -79,8 +79,9 @@ GAMMA = 0.95           # discount a reasoning step, of step rewards and in GAE (
 WARMUP = 0.03          # share of the run in which the learning rate rises
 ROLLOUTS_EVERY = 10    # steps between samples written to rollouts.jsonl
 MAX_GRAD_NORM = 1.0    # longer gradients are clipped
-MAY_DIFFER = ("out", "resume", "preset", "eval_every", "save_every", "micro_tokens", "no_pack",
-              "compile")
+MAY_DIFFER = (            # where a run is resumed; files are compared by what is in them
+    "out", "resume", "preset", "eval_every", "save_every", "micro_tokens", "no_pack", "compile",
+    "model", "adapter", "trees", "eval_data")
 
 
 count = at_least(1)  # types of flags
@@ -688,8 +689,9 @@ def set_up(args, rank, world, device):
         trainable |= {f"critic.{name}": p for name, p in models.critic.named_parameters()}
     betas = (0.9, 0.95 if args.objective == "sft" else 0.999)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=betas, weight_decay=0.0)
-    with open(args.trees, "rb") as file:
-        contents = {"base weights": base_weights, "trees": f"{crc32(file.read()):08x}"}
+    contents = {"base weights": base_weights, "trees": file_checksum(args.trees), "adapter's weights": ""}
+    if args.adapter:
+        contents["adapter's weights"] = file_checksum(f"{args.adapter}/adapter_model.safetensors")
     contents["prompts"] = evaluate.prompt_checksum(encode)
     if problems:
         contents["held-out problems"] = f"{crc32(json.dumps(problems).encode()):08x}"
@@ -697,6 +699,12 @@ def set_up(args, rank, world, device):
     if checkpoint:
         restore(run, checkpoint, args)
     return run, data, problems
+
+
+def file_checksum(path):
+    """crc32 of a file, as text."""
+    with open(path, "rb") as file:
+        return f"{crc32(file.read()):08x}"
 
 
 def load_models(args, device):
