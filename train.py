@@ -689,7 +689,8 @@ def set_up(args, rank, world, device):
         trainable |= {f"critic.{name}": p for name, p in models.critic.named_parameters()}
     betas = (0.9, 0.95 if args.objective == "sft" else 0.999)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=betas, weight_decay=0.0)
-    contents = {"base weights": base_weights, "trees": file_checksum(args.trees), "adapter's weights": ""}
+    contents = {"base weights": base_weights, "trees": file_checksum(args.trees)}
+    contents["adapter's weights"] = ""
     if args.adapter:
         contents["adapter's weights"] = file_checksum(f"{args.adapter}/adapter_model.safetensors")
     contents["prompts"] = evaluate.prompt_checksum(encode)
