@@ -57,7 +57,7 @@ warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|p
 INSTRUCTION = ("Solve the problem step by step. Separate the steps by blank lines. "
                "End with \"The answer is \\boxed{...}.\"")
 FIXED_DATE = "{% macro strftime_now(format) %}01 Jan 2025{% endmacro %}{{ '' }}"
-ROOM = 16  # columns that a cache has for new tokens, where the steps of decoding are not compiled
+ROOM = 16  # columns of keys and values allocated ahead of a step that is not compiled
 COMPILE = None  # whether they are compiled: None is on CUDA alone (--compile, --no_compile)
 COMPILER = dict(backend="inductor")  # of torch.compile; its kernels are then recorded as a graph
 BASE_WEIGHTS = "base_weights.json"  # beside an adapter: the checksum of the weights it is for
@@ -388,8 +388,8 @@ def check_prompts(model, prompts, max_new_tokens):
 
 # ---- Attention -----------------------------------------------------------------------------------
 def grouped_attention(module, query, key, value, attention_mask, scaling=None, **how):
-    """transformers' sdpa attention, but where each row has one token: there the heads that share a
-    key are the queries of one head, which makes no copies of the keys for them, compiled or not.
+    """transformers' sdpa attention, but where each row has one token: there the query heads that
+    share a key become queries of one head, and no key is copied for each of them.
 
     query (B, heads, Q, head_dim), key and value (B, groups, K, head_dim), mask (B, 1, Q, K)
     """
@@ -409,7 +409,8 @@ AttentionMaskInterface.register("grouped", sdpa_mask)
 
 # ---- Log-probs of packed rows --------------------------------------------------------------------
 def attention_masks(model, visible, query_position, key_position):
-    """What may be seen, (B, 1, Q, K) bool, as this model's layers want to be told.
+    """The attention masks that this model takes for `visible`, (B, 1, Q, K) bool: one tensor, or a
+    dictionary by kind of layer where it has several kinds.
 
     query_position (B, Q), key_position (B, K)   places of the tokens in their own sequences
     """
@@ -429,7 +430,7 @@ def attention_masks(model, visible, query_position, key_position):
             lowest = torch.finfo(model.dtype).min
             zeros = torch.zeros_like(masks[kind], dtype=model.dtype)
             masks[kind] = zeros.masked_fill(~masks[kind], lowest)
-    return masks if len(masks) > 1 else masks[kind]
+    return masks if len(masks) > 1 else next(iter(masks.values()))
 
 
 def pad_rows(rows, model):
@@ -473,8 +474,9 @@ def check_tree_masks(model, path):
 
 
 def row_tokens(model):
-    """How long a packed row may be: where attention, quadratic in the row, costs half of the
-    products with the weights: 4 L d a layer against 2 a weight."""
+    """How long a packed row may be. A token's products with the weights take 2 FLOP a weight; its
+    attention to L others takes 4 L hidden_size a layer. At this L the second is half of the
+    first."""
     config = model.config.get_text_config()
     weights = sum(p.numel() for p in model.parameters())
     return weights // (4 * config.hidden_size * config.num_hidden_layers)
@@ -627,8 +629,8 @@ def generate(model, tokenizer, prompts, max_new_tokens, temperature=1.0, seeds=N
 
 
 def shared_rows(prompts):
-    """Put prompts that share at least half of their tokens into one row: lists of numbers of
-    prompts, the longest prompts first."""
+    """Put prompts that share at least half of their tokens, so that sharing pays for the longer
+    row, into one: lists of numbers of prompts. The longest come first, which begin together."""
     rows = []
     for k in sorted(range(len(prompts)), key=lambda k: prompts[k]):
         if rows:
@@ -650,9 +652,10 @@ def prefill(model, prompts):
     rows = shared_rows(prompts)
     packed = []
     for row in rows:
+        # a prompt of one token has nothing to compute before it: that token is there for its shape
         packed.append(pack([prompts[k][:-1] or prompts[k] for k in row]))
     ids, position, mask = pad_rows(packed, model)
-    cache = DynamicCache()  # a plain one: those that a model makes for its windows forget
+    cache = DynamicCache()  # a plain one: with the model's config, sliding layers drop old tokens
     model(ids, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True,
           logits_to_keep=1)
     row_of = torch.zeros(len(prompts), 1, dtype=torch.long)
@@ -698,9 +701,10 @@ def decode_step(model, cache, last, position, temperature, uniform):
     last, position (N,) the last id of each, and its place in its sequence
     """
     layer = cache.layers[0]
-    columns = torch.arange(layer.max_cache_len, device=last.device) - layer.cumulative_length
-    place = columns + position[:, None]  # of what each column holds, in its sequence (N, C)
-    visible = (place >= 0) & (columns <= 0)
+    # (C,) 0 is the column that is written now, what is below 0 holds the past
+    offset = torch.arange(layer.max_cache_len, device=last.device) - layer.cumulative_length
+    place = offset + position[:, None]  # of what each column holds, in its sequence (N, C)
+    visible = (place >= 0) & (offset <= 0)
     mask = attention_masks(model, visible[:, None, None], position[:, None], place)
     logits = model(last[:, None], attention_mask=mask, position_ids=position[:, None],
                    past_key_values=cache, use_cache=True).logits[:, -1]
@@ -740,9 +744,9 @@ def compiled_step():
 class Step:
     """`decode_step` in a cache of so many rows and columns.
 
-    On CUDA a compiled one is recorded as a graph, and replayed: PyTorch's own checks whether what
-    was compiled still holds take longer than the step, with LoRA in each of 200 matrices. A graph
-    reads the weights where they are, so it sees what the optimiser has made of them.
+    On CUDA a compiled one is recorded as a graph, and replayed: with LoRA in each of 200 matrices,
+    torch.compile's guards take longer than the step. A graph reads the weights where they are, so
+    it sees what the optimiser has made of them.
     """
 
     def __init__(self, model, rows, columns, compiled):
@@ -755,15 +759,15 @@ class Step:
         self.layers = []
         self.graph = None
 
-    def fill(self, number, rows, keys, values, used):
+    def fill(self, layer_index, rows, keys, values, used):
         """Put keys and values (n, heads, T, head_dim) into these rows of a layer, so that all end
         before the column `used`, where the next token goes."""
-        if number == len(self.layers):
+        if layer_index == len(self.layers):
             layer = StaticLayer(self.columns)
             layer.lazy_initialization(keys[:1].expand(self.rows, -1, -1, -1),
                                       values[:1].expand(self.rows, -1, -1, -1))
             self.layers.append(layer)
-        layer = self.layers[number]
+        layer = self.layers[layer_index]
         begin = used - keys.shape[2]
         layer.keys[rows, :, begin:used] = keys
         layer.values[rows, :, begin:used] = values
@@ -786,7 +790,7 @@ class Step:
             layer.cumulative_length.fill_(used)
 
     def record(self, model, used, inputs):
-        """Record the kernels of one step as a CUDA graph, after two steps that compile them."""
+        """Record the kernels of one step as a CUDA graph, after the warm-up that this requires."""
         self.inputs = [value.clone() for value in inputs]
         keeper, stream = recorder()
         main = torch.cuda.current_stream()
@@ -825,8 +829,9 @@ class Decoder:
 
     Keys and values stand in transformers' StaticLayers. The sequences of all rows end in the same
     column, so that one index says where the next token goes. When rows end or begin, or the columns
-    are full, `arrange` lays them out anew. A compiled step wants few shapes: then rows leave in
-    quarters, columns are a power of two, and the Steps are kept for the next Decoder.
+    are full, `arrange` lays them out anew. A compiled step wants few shapes: then the number of
+    rows shrinks by factors of four, that of columns is a power of two, and the Steps are kept for
+    the next Decoder.
     """
 
     def __init__(self, model, tokenizer, slots):
@@ -885,8 +890,9 @@ class Decoder:
         rows = self.row_count(len(live) + len(new), slots)
         longest = max((len(row.prompt) for row in new), default=0)
         full = self.now and self.used == self.now.columns
-        if full or longest > self.used + 1 or rows > len(self.rows) \
-                or 8 * (len(self.rows) - rows) >= len(self.rows):
+        too_small = full or longest > self.used + 1 or rows > len(self.rows)
+        too_large = 8 * (len(self.rows) - rows) >= len(self.rows)
+        if too_small or too_large:
             self.arrange(live, new, rows)
         elif new:
             self.begin(new)
@@ -931,11 +937,11 @@ class Decoder:
         work = [self.rows[k] for k in live]
         lengths = [len(row.prompt) + len(row.ids) - 1 for row in work]  # tokens in the cache
         width = max(lengths + [len(row.prompt) - 1 for row in new])
-        columns = max(row.max_new_tokens - len(row.ids) for row in work + new)
+        to_come = max(row.max_new_tokens - len(row.ids) for row in work + new)
         if self.compiled:
-            columns = 1 << (width + columns - 1).bit_length()
+            columns = 1 << (width + to_come - 1).bit_length()
         else:  # attention passes over those without a token, too
-            columns = width + min(columns, ROOM)
+            columns = width + min(to_come, ROOM)
         step = self.kept.get((rows, columns)) or Step(self.model, rows, columns, self.compiled)
         index = torch.tensor(live, dtype=torch.long, device=self.model.device)
         used = slice(self.used - max(lengths, default=0), self.used)
@@ -992,7 +998,7 @@ class Decoder:
             if not self.compiled or is_out_of_memory(error):
                 raise
             failure = f"{type(error).__name__}, {shorten(str(error))}"
-        if failure:  # here, for the exception held what had been compiled
+        if failure:  # outside of `except`, where the traceback holds the memory of what failed
             say(f"decoding is not compiled: {failure}")
             self.compiled = self.now.compiled = COMPILE = False
             self.now.run = decode_step
@@ -1085,7 +1091,7 @@ def majority(row):
     texts = zip(row["completions"][1:], row["truncated"][1:])
     answers = [extract_answer(text, strict=True) for text, is_cut in texts if not is_cut]
     answers = [answer for answer in answers if answer is not None]
-    votes = [list(map(partial(equal, answer), answers)).count(True) for answer in answers]
+    votes = [sum(equal(answer, other) for other in answers) for answer in answers]
     return bool(votes) and equal(row["answer"], answers[int(np.argmax(votes))])
 
 

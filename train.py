@@ -19,8 +19,6 @@ import argparse
 import json
 import math
 import os
-import re
-import shlex
 import shutil
 import signal
 import sys
@@ -381,7 +379,7 @@ def token_logps(model, samples, run, args, micro_tokens):
 @torch.no_grad()
 def credit_steps(samples, run, args, micro_tokens):
     """Credit reasoning steps instead of whole completions, rows (a) to (c) of Table 2: GAE's
-    advantages, and targets for the critic. Sets what it computes, so it may be run again.
+    advantages, and targets for the critic. It overwrites and adds up nothing: it may be run again.
 
     A step's reward is log p(teacher) - log p(student) of its tokens, whose expected sum is
     -KL(student || teacher); or the task's, at the last step. Without a critic V is 0 and lambda 1:
@@ -461,7 +459,7 @@ def surrogate(logps, old_logps, advantages, sample, args):
     old_logps   (n,) under the policy that sampled
     sample      (n,) which sample a token belongs to
     """
-    if args.behaviour == "teacher":  # Sec. 3.1; as dw = w d log pi, w is a constant here
+    if args.behaviour == "teacher":  # Sec. 3.1; w A log pi, w constant, has w A's policy gradient
         weight = log_weights(logps, old_logps, sample).clamp(max=math.log(MAX_WEIGHT)).exp()
         return weight[sample] * advantages * logps
     if args.epochs > 1:  # PPO's clipped ratio, a token at a time, as GRPO has it
@@ -787,12 +785,6 @@ def checkpoint_path(args):
     return os.path.join(args.out, "checkpoint", "checkpoint.safetensors")
 
 
-def seal(state, metadata):
-    """The checksum of a checkpoint: of its tensors, and of what is said about them."""
-    said = json.dumps([metadata[name] for name in ("step", "tokens", "args", "contents")])
-    return evaluate.checksum(state) + f"{crc32(said.encode()):08x}"
-
-
 def save(run, args):
     """Write the model (or its PEFT adapter) at the top of the run folder, then the checkpoint. Both
     are written aside and renamed. InputError, and nothing lost, where weights are not finite."""
@@ -807,14 +799,15 @@ def save(run, args):
     state = {key: value.contiguous().cpu() for key, value in state.items()}
     metadata = dict(step=str(run.step), tokens=str(run.tokens), args=json.dumps(vars(args)),
                     contents=json.dumps(run.contents))
-    metadata["crc32"] = seal(state, metadata)
     path = checkpoint_path(args)
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with tempfile.TemporaryDirectory(dir=args.out) as aside:
             run.models.student.save_pretrained(aside)
             run.tokenizer.save_pretrained(aside)
-            write_card(run, args, aside)
+            if args.lora_rank > 0:  # an adapter: the base that it is for
+                with open(os.path.join(aside, evaluate.BASE_WEIGHTS), "w") as file:
+                    json.dump({"crc32": run.contents["base weights"]}, file)
             for name in os.listdir(aside):
                 target = os.path.join(args.out, name)
                 if os.path.isdir(target):  # such as additional chat templates
@@ -829,24 +822,6 @@ def save(run, args):
                          "Make some and --resume: the checkpoint before is intact") from None
 
 
-def write_card(run, args, folder):
-    """README.md of the saved model; beside an adapter the checksum of the base it is for."""
-    lines = ["---", f"base_model: {args.model}", "---", "# A model trained by Tree-OPO", "",
-             f"* From {args.model}" + (f" with the adapter {args.adapter}" if args.adapter else ""),
-             f"* On {args.trees}: {run.step} steps, {run.tokens} tokens",
-             f"* By `{shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]])}`"]
-    for step in (0, run.step):
-        path = eval_path(args, step)
-        if os.path.exists(path):
-            accuracy = evaluate.percent(*greedy_accuracy(path))
-            lines.append(f"* Greedy on {args.eval_data} after {step} steps: {accuracy}")
-    with open(os.path.join(folder, "README.md"), "w", encoding="utf-8") as file:
-        file.write("\n".join([*lines, ""]))
-    if args.lora_rank > 0:
-        with open(os.path.join(folder, evaluate.BASE_WEIGHTS), "w", encoding="utf-8") as file:
-            json.dump({"crc32": run.contents["base weights"]}, file)
-
-
 def find_checkpoint(args):
     """The run folder's checkpoint, opened, or None where there is none yet. InputError where it is
     damaged or of other settings."""
@@ -856,11 +831,7 @@ def find_checkpoint(args):
         return None
     try:
         checkpoint = safe_open(path, "pt")
-        metadata = checkpoint.metadata()
-        state = {key: checkpoint.get_tensor(key) for key in checkpoint.keys()}
-        saved = json.loads(metadata["args"])
-        if seal(state, metadata) != metadata["crc32"]:
-            raise ValueError("its checksum is wrong")
+        saved = json.loads(checkpoint.metadata()["args"])
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path} is damaged ({error}); expected a checkpoint, or another --out "
                          "to start anew") from None
