@@ -92,10 +92,14 @@ def sample_gradient(run, sample, args):
 
 def measure_group(run, members, tree, args):
     """All that is kept of one group: a line of the file of samples."""
+    found = {}  # of each distinct sample: short completions of one prefix are often the same
     gradients = []
     spread = []
     for sample in members:
-        gradient, sample_spread = sample_gradient(run, sample, args)
+        ids = (*sample.prefix_ids, None, *sample.completion_ids)
+        if ids not in found:
+            found[ids] = sample_gradient(run, sample, args)
+        gradient, sample_spread = found[ids]
         gradients.append(gradient)
         spread.append(sample_spread)
     gradients = torch.stack(gradients)  # (N, D)
