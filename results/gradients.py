@@ -168,6 +168,7 @@ class Probe(NamedTuple):
     problem: str           # its id
     group: advantage.Group
     depth: np.ndarray      # (N,) steps in each sample's prefix
+    left: np.ndarray       # (N,) how many less than in the tree's longest prefix
     weights: dict          # name -> (N,) the weights that a baseline can have
     gram: np.ndarray       # (N, N) <g_j, g_k>
     projected: np.ndarray  # (N, PROJECTION)
@@ -184,8 +185,10 @@ def read_probe(row, alpha):
         surprisal=1e-3 - group.logps,        # -log pi(c | p), and a little, as in `optimal`
         spread=np.array(row["spread"]),      # sum_t |e_y - p|^2
         norm=np.diag(gram))                  # |g|^2
-    depth = np.array(row["depth"])[group.node]
-    return Probe(row["id"], group, depth, weights, gram, np.array(row["projected"]))
+    depth = np.array(row["depth"])
+    left = depth.max() - depth
+    return Probe(row["id"], group, depth[group.node], left[group.node], weights, gram,
+                 np.array(row["projected"]))
 
 
 def named(name, probe):
@@ -371,10 +374,16 @@ def describe(probes):
     live = [probe.group for probe in probes if np.ptp(probe.group.rewards) > 0]
     figures = [advantage.metrics(advantage.centred(group.rewards), group) for group in live]
     order = [np.isfinite(row["sat_triplet"]) for row in figures]  # has it a triplet?
+    left = np.concatenate([probe.left for probe in probes])
+    solved = np.concatenate([probe.group.solved for probe in probes])
+    samples_left = np.bincount(left)
+    solved_left = np.bincount(left, solved) / np.maximum(samples_left, 1)
     return dict(
         groups=len(probes),
         problems=len({probe.problem for probe in probes}),
-        solved=rounded(np.mean([probe.group.solved.mean() for probe in probes])),
+        solved=rounded(solved.mean()),
+        samples_left=samples_left.tolist(),  # by Probe.left, 0 first
+        solved_left=[rounded(share) for share in solved_left],
         dead=rounded(1 - len(live) / len(probes)),  # a share, as the next two
         triplets=rounded(np.mean(order)) if live else 0.0,
         sat=rounded(np.nanmean([np.nan, *[row["sat"] for row in figures]])))

@@ -120,8 +120,20 @@ def test_weighted_baselines():
     assert surprisal == pytest.approx(gradients.named("optimal", probe))
 
 
+def test_samples_are_counted_by_the_steps_that_are_left():
+    """Of the tree 0 - 1 - 2 with a branch 0 - 3, whose one step is one less than the longest."""
+    row = dict(id="a", parent=[-1, 0, 1, 0], depth=[0, 1, 2, 1], node=[0, 2, 2, 3],
+               rewards=[0, 1, 0, 1], solved=[False, True, False, True], logps=[-1, -2, -4, -1],
+               lengths=[1, 2, 4, 1], teacher=[0] * 4, spread=[1] * 4, gram=np.eye(4).tolist(),
+               projected=[[0, 0]] * 4)
+    found = gradients.describe([gradients.read_probe(row, 0.5)])
+    assert found["samples_left"] == [2, 1, 1]
+    assert found["solved_left"] == [0.5, 1.0, 0.0]
+    assert (found["solved"], found["dead"]) == (0.5, 0.0)
+
+
 def test_groups_of_one_problem_are_averaged():
-    probes = [gradients.Probe(name, None, None, None, None, None) for name in "baab"]
+    probes = [gradients.Probe(name, *[None] * 6) for name in "baab"]
     values = gradients.mean_by_problem([[1, 2], [3, 4], [5, 6], [7, 8]], probes)
     assert values.tolist() == [[4, 5], [4, 5]]
 
