@@ -23,7 +23,7 @@ NEW_TOKENS=192                         # of a completion, in every part
 
 MODEL=${MODEL:-HuggingFaceTB/SmolLM2-135M-Instruct}
 SOURCE=${SOURCE:-}                     # a folder with train.jsonl and test.jsonl, else a download
-OUT=${OUT:-$root/out/gsm8k}
+OUT=${OUT:-$root/out/smollm2}
 RESULTS=${RESULTS:-$root/results}      # the folder of gsm8k.jsonl and gradients.jsonl
 DTYPE=${DTYPE:-float32}                # the same for all parts; bfloat16 where a CPU has it
 SFT_STEPS=${SFT_STEPS:-90}             # of 8 solutions: a tenth of an epoch
