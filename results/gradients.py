@@ -386,7 +386,7 @@ def describe(probes):
         solved_left=[rounded(share) for share in solved_left],
         dead=rounded(1 - len(live) / len(probes)),  # a share, as the next two
         triplets=rounded(np.mean(order)) if live else 0.0,
-        sat=rounded(np.nanmean([np.nan, *[row["sat"] for row in figures]])))
+        sat=rounded(train.mean([row["sat"] for row in figures])))
 
 
 def rounded(value):

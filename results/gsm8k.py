@@ -43,7 +43,8 @@ def summarise(folder):
         log = list(read_jsonl(str(folder / "log.jsonl"), lambda row, number: row))
         line = dict(stage=stage, arm=arm, lr=float(rate), seed=int(seed), updates=len(log),
                     tokens=log[-1]["tokens"])
-        by_depth = {name for row in log for name in row if name.startswith("solved_at_")}
+        names = set().union(*log)
+        by_depth = [name for name in names if name.startswith("solved_at_")]
         for name in ["solved", "dead", *sorted(by_depth, key=depth_of)]:
             line[name] = [row.get(name) for row in log]  # one a step
     rows = evaluate.read_scores(str(folder / "scores.jsonl"))
@@ -165,10 +166,12 @@ def table(lines):
         raise InputError(f"the runs were scored on {counts} problems of the test. Expected the "
                          "student's scores and others on the same problems")
     arms = [arm for arm in ("student", *ARMS) if runs_of(lines, arm)]
-    about = (f"{len(runs_of(lines, 'student')[0]['ids'])} problems of the test. Intervals are 95 % "
-             "over problems, for these seeds, and not corrected for their number.\n")
-    parts = (score_table, difference_table, steps_table)
-    return "\n".join([about, *[part(lines, arms) for part in parts]])
+    [problems] = ids
+    parts = [f"{len(problems)} problems of the test. Intervals are 95 % over problems, for these "
+             "seeds, and not corrected for their number.\n"]
+    for part in (score_table, difference_table, steps_table):
+        parts.append(part(lines, arms))
+    return "\n".join(parts)
 
 
 # ---- The picture ---------------------------------------------------------------------------------

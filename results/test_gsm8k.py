@@ -113,6 +113,7 @@ def test_the_tables_numbers(out):
 
 
 def test_the_command_writes_table_and_picture(out, monkeypatch, capsys):
+    """Beside the file of runs; the table is printed as well."""
     pytest.importorskip("matplotlib")
     path = str(out / "found.jsonl")
     for flags in (["collect", str(out)], ["table"]):
