@@ -34,6 +34,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from peft import PeftModel, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from scipy.stats import binomtest
 from torch.nn.functional import scaled_dot_product_attention
@@ -57,9 +58,9 @@ warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|p
 INSTRUCTION = ("Solve the problem step by step. Separate the steps by blank lines. "
                "End with \"The answer is \\boxed{...}.\"")
 FIXED_DATE = "{% macro strftime_now(format) %}01 Jan 2025{% endmacro %}{{ '' }}"
-ROOM = 16  # columns of keys and values allocated ahead of a step that is not compiled
-COMPILE = None  # whether they are compiled: None is on CUDA alone (--compile, --no_compile)
-COMPILER = dict(backend="inductor")  # of torch.compile; its kernels are then recorded as a graph
+ROOM = 16  # columns of keys and values allocated ahead, where the cache may grow
+COMPILE = None  # --compile is True, --no_compile False: see Decoder
+COMPILER = dict(backend="inductor")  # of torch.compile
 BASE_WEIGHTS = "base_weights.json"  # beside an adapter: the checksum of the weights it is for
 
 
@@ -107,8 +108,9 @@ def add_device_flags(add):
     """The flags that say how a model is computed. `add` is a parser's add_argument."""
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
         help="of the weights; auto: bfloat16 for 20 million weights or more, where it is fast")
-    add("--compile", action="store_true", default=None, help="compile decoding (default: on CUDA)")
-    add("--no_compile", dest="compile", action="store_false", default=None, help="do not")
+    add("--compile", action="store_true", default=None, help="compile decoding with torch.compile; "
+        "by default its kernels are recorded as a graph on CUDA")
+    add("--no_compile", dest="compile", action="store_false", default=None, help="neither")
 
 
 def is_small(model):
@@ -149,6 +151,7 @@ def load(model, adapter=None, device="cpu", dtype="auto", trainable=False):
     check_tree_masks(policy, model)
     if adapter:
         policy = load_adapter(policy, model, adapter, trainable).to(device).eval()
+        multiply_in_bf16(policy)
     if not all(weight.isfinite().all() for weight in policy.parameters()):
         raise InputError(f"{adapter or model} has weights that are not finite numbers; expected a "
                          "model that has not diverged")
@@ -227,6 +230,16 @@ def load_adapter(policy, model, adapter, trainable):
         raise unusable(f"the adapter {adapter} on {model}", error, "a folder that train.py wrote, "
                        "and its own base model") from None
     return policy
+
+
+def multiply_in_bf16(policy):
+    """Where the base is bf16, LoRA's products are as well. Its weights stay float32."""
+    if policy.dtype != torch.bfloat16:
+        return
+    for module in policy.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.cast_input_dtype_enabled = False
+    policy.forward = torch.autocast(policy.device.type, torch.bfloat16)(policy.forward)
 
 
 @torch.no_grad()
@@ -693,8 +706,8 @@ def sample_token(logits, temperature, uniform):
     return token, logps.gather(1, token[:, None])[:, 0]
 
 
-def decode_step(model, cache, last, position, temperature, uniform):
-    """The next token of N sequences, (N,) ids and log-probs. Its work is on tensors alone, whose
+def next_logits(model, cache, last, position):
+    """What predicts the next token of N sequences, (N, V). Its work is on tensors alone, whose
     shapes stay the same, so that it can be compiled.
 
     cache          of StaticLayers; all sequences end in the same column, where their last ids go
@@ -706,9 +719,8 @@ def decode_step(model, cache, last, position, temperature, uniform):
     place = offset + position[:, None]  # of what each column holds, in its sequence (N, C)
     visible = (place >= 0) & (offset <= 0)
     mask = attention_masks(model, visible[:, None, None], position[:, None], place)
-    logits = model(last[:, None], attention_mask=mask, position_ids=position[:, None],
-                   past_key_values=cache, use_cache=True).logits[:, -1]
-    return sample_token(logits, temperature, uniform)
+    return model(last[:, None], attention_mask=mask, position_ids=position[:, None],
+                 past_key_values=cache, use_cache=True).logits[:, -1]
 
 
 @lru_cache(maxsize=4)
@@ -733,29 +745,27 @@ class Completion:
 
 
 @cache
-def compiled_step():
-    """`decode_step`, compiled for each model, number of rows and of columns at its first use."""
+def compiled_logits():
+    """`next_logits`, compiled for each model, number of rows and of columns at its first use."""
     config = torch._dynamo.config
     limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
     setattr(config, limit, 64)  # of such shapes
-    return torch.compile(decode_step, fullgraph=True, dynamic=False, **COMPILER)
+    return torch.compile(next_logits, fullgraph=True, dynamic=False, **COMPILER)
 
 
 class Step:
-    """`decode_step` in a cache of so many rows and columns.
+    """One token for each sequence in a cache of so many rows and columns.
 
-    On CUDA a compiled one is recorded as a graph, and replayed: with LoRA in each of 200 matrices,
-    torch.compile's guards take longer than the step. A graph reads the weights where they are, so
-    it sees what the optimiser has made of them.
+    recorded   whether the kernels are recorded as a CUDA graph at the first call, and replayed. A
+               graph reads the weights where they are: it sees what the optimiser has made of them.
+    compiled   whether they are compiled before: fewer of them
     """
 
-    def __init__(self, model, rows, columns, compiled):
+    def __init__(self, rows, columns, recorded=False, compiled=False):
         self.rows = rows
         self.columns = columns
-        self.compiled = compiled
-        self.run = decode_step
-        if compiled and not is_small(model):  # to compile a small one takes longer than it saves
-            self.run = compiled_step()
+        self.recorded = recorded
+        self.next_logits = compiled_logits() if compiled else next_logits
         self.layers = []
         self.graph = None
 
@@ -773,10 +783,15 @@ class Step:
         layer.values[rows, :, begin:used] = values
         layer.cumulative_length.fill_(used)
 
+    def run(self, model, last, position, temperature, uniform):
+        """The next tokens and their log-probs, both (N,)."""
+        logits = self.next_logits(model, Cache(self.layers), last, position)
+        return sample_token(logits, temperature, uniform)
+
     def __call__(self, model, used, inputs):
-        """decode_step(model, cache, *inputs), where so many columns are used."""
-        if not self.compiled or model.device.type != "cuda":
-            return self.run(model, Cache(self.layers), *inputs)
+        """run(model, *inputs), where so many columns are used."""
+        if not self.recorded:
+            return self.run(model, *inputs)
         if self.graph is None:
             self.record(model, used, inputs)
         for place, value in zip(self.inputs, inputs):
@@ -798,12 +813,12 @@ class Step:
         try:
             with torch.cuda.stream(stream):  # whatever fails within, the current stream comes back
                 for _ in range(2):
-                    self.run(model, Cache(self.layers), *self.inputs)
+                    self.run(model, *self.inputs)
                     self.rewind(used)
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph, pool=keeper.pool(), stream=stream,
                                       capture_error_mode="thread_local"):
-                    self.outputs = self.run(model, Cache(self.layers), *self.inputs)
+                    self.outputs = self.run(model, *self.inputs)
         finally:
             main.wait_stream(stream)
         self.graph = graph
@@ -821,7 +836,7 @@ def recorder():
     return keeper, stream
 
 
-KEPT = WeakKeyDictionary()  # model -> its compiled Steps, for the next Decoder
+KEPT = WeakKeyDictionary()  # model -> its static Steps, for the next Decoder
 
 
 class Decoder:
@@ -829,24 +844,27 @@ class Decoder:
 
     Keys and values stand in transformers' StaticLayers. The sequences of all rows end in the same
     column, so that one index says where the next token goes. When rows end or begin, or the columns
-    are full, `arrange` lays them out anew. A compiled step wants few shapes: then the number of
-    rows shrinks by factors of four, that of columns is a power of two, and the Steps are kept for
-    the next Decoder.
+    are full, `arrange` lays them out anew.
+
+    On CUDA a step is recorded as a graph, with --compile it is compiled by torch.compile, which
+    takes most of a minute for a shape and pays in runs of an hour. Both want few shapes: then the
+    number of rows shrinks by factors of four, that of columns is a power of two, and the Steps are
+    kept for the next Decoder.
     """
 
     def __init__(self, model, tokenizer, slots):
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.slots = slots
-        self.compiled = model.device.type == "cuda" if COMPILE is None else COMPILE
+        self.static = model.device.type == "cuda" if COMPILE is None else COMPILE  # few shapes
         self.ends = set(eos_ids(model, tokenizer))
         self.newlines = tokens_with_newline(tokenizer)
         self.waiting = deque()
         self.rows = []       # a Completion, or None where one has ended
         self.now = None      # the Step for these rows
         self.used = 0        # columns of its cache
-        self.kept = {}       # (rows, columns) -> compiled Step
-        if self.compiled:
+        self.kept = {}       # (rows, columns) -> Step, where they are static
+        if self.static:
             self.kept = KEPT.pop(model, {})
         self.work = 0        # completions at work, summed over all steps
         self.room = 0        # slots, summed over all steps
@@ -862,7 +880,7 @@ class Decoder:
         """Yield each completion as it ends, until none is left."""
         while self.waiting or any(self.rows):
             yield from self.step()
-        if self.compiled:
+        if self.static:
             KEPT[self.model] = self.kept
 
     def step(self):
@@ -871,7 +889,7 @@ class Decoder:
         Where memory runs out, all that was under way is begun anew in half as many slots.
         """
         # inference_mode is less work, but what is compiled cannot change its tensors
-        no_gradient = torch.no_grad if self.compiled else torch.inference_mode
+        no_gradient = torch.no_grad if self.static else torch.inference_mode
         if not (self.waiting or any(self.rows)):
             return []
         with no_gradient():
@@ -922,7 +940,7 @@ class Decoder:
 
     def row_count(self, completions, slots):
         """How many rows to decode so many completions in."""
-        if not self.compiled:
+        if not self.static:
             return completions
         rows = slots
         while rows >= 4 * completions:
@@ -938,26 +956,31 @@ class Decoder:
         lengths = [len(row.prompt) + len(row.ids) - 1 for row in work]  # tokens in the cache
         width = max(lengths + [len(row.prompt) - 1 for row in new])
         to_come = max(row.max_new_tokens - len(row.ids) for row in work + new)
-        if self.compiled:
+        if self.static:
             columns = 1 << (width + to_come - 1).bit_length()
         else:  # attention passes over those without a token, too
             columns = width + min(to_come, ROOM)
-        step = self.kept.get((rows, columns)) or Step(self.model, rows, columns, self.compiled)
+        step = self.kept.get((rows, columns)) or self.new_step(rows, columns)
         index = torch.tensor(live, dtype=torch.long, device=self.model.device)
         used = slice(self.used - max(lengths, default=0), self.used)
         for k, layer in enumerate(self.now.layers if live else []):
             keys = layer.keys[:, :, used].index_select(0, index)
             values = layer.values[:, :, used].index_select(0, index)
-            if not self.compiled:
+            if not self.static:
                 self.now.layers[k] = None  # two whole caches would take twice the memory
             step.fill(k, slice(len(live)), keys, values, width)
-        if self.compiled:
+        if self.static:
             self.kept[rows, columns] = step
         self.now = step
         self.used = width
         self.rows = work + [None] * (rows - len(work))
         if new:
             self.begin(new)
+
+    def new_step(self, rows, columns):
+        """A Step of this shape."""
+        recorded = self.static and self.model.device.type == "cuda"
+        return Step(rows, columns, recorded, compiled=bool(COMPILE))
 
     def begin(self, new):
         """Let new completions, the first of those that wait, begin in free rows."""
@@ -972,7 +995,6 @@ class Decoder:
 
     def sample(self):
         """The next id of each row, and its log-prob: two lists."""
-        global COMPILE
         last = []
         position = []
         temperature = []
@@ -988,24 +1010,30 @@ class Decoder:
                     values.append(0)
         tensor = partial(torch.tensor, device=self.model.device)
         draws = None  # all are greedy
-        if self.compiled or any(temperature):
+        if self.static or any(temperature):
             draws = tensor(uniform, dtype=torch.float64)
         inputs = [tensor(last), tensor(position), tensor(temperature, dtype=torch.float32), draws]
-        failure = None
-        try:
-            tokens, logps = self.now(self.model, self.used, inputs)
-        except Exception as error:
-            if not self.compiled or is_out_of_memory(error):
-                raise
-            failure = f"{type(error).__name__}, {shorten(str(error))}"
-        if failure:  # outside of `except`, where the traceback holds the memory of what failed
-            say(f"decoding is not compiled: {failure}")
-            self.compiled = self.now.compiled = COMPILE = False
-            self.now.run = decode_step
-            self.kept = {}
-            self.now.rewind(self.used)
-            tokens, logps = self.now(self.model, self.used, inputs)
-        return tokens.tolist(), logps.tolist()
+        while True:
+            try:
+                tokens, logps = self.now(self.model, self.used, inputs)
+                return tokens.tolist(), logps.tolist()
+            except Exception as error:
+                if not self.static or is_out_of_memory(error):
+                    raise
+                failure = f"{type(error).__name__}, {shorten(str(error))}"
+            # outside of `except`, where the traceback holds the memory of what failed
+            self.simplify(failure)
+
+    def simplify(self, failure):
+        """Go on without what has failed: without compilation, or else without a graph."""
+        global COMPILE
+        say(f"decoding is not {'compiled' if COMPILE else 'recorded'}: {failure}")
+        COMPILE = None if COMPILE and self.now.recorded else False
+        self.static = COMPILE is None
+        self.kept = {}
+        self.now.recorded = self.static
+        self.now.next_logits = next_logits
+        self.now.rewind(self.used)
 
     def has_ended(self, row):
         """Whether this completion is done. InputError where its log-probs are not finite."""

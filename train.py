@@ -719,6 +719,7 @@ def load_models(args, device):
         student = get_peft_model(student, LoraConfig(
             r=args.lora_rank, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout,
             target_modules="all-linear", task_type="CAUSAL_LM"))
+        evaluate.multiply_in_bf16(student)
     student.eval()  # PEFT wraps it in training mode, in which a base's own dropout acts
     teacher = None
     if args.teacher:

@@ -8,8 +8,9 @@ The model has Qwen2.5-1.5B's shape, random weights and LoRA of rank 16; nothing 
 fails, or does not fit into the time that is left, is a row that says so, and the rest goes on.
 
 1. peak      a matrix product and a copy, the best of many
-2. decode    tokens/s of 4, 32 and 256 rows: plain; replayed as a graph; compiled and replayed. The
-             floor is the bytes of weights and cache over the copy's read and write bandwidth
+2. decode    tokens/s of 4, 32 and 256 rows: plain (--no_compile), replayed as a graph (the
+             default), compiled as well (--compile). The floor is the bytes of weights and cache
+             over the copy's read and write bandwidth
 3. update    forward and backward at Table 3's sizes, padded and packed: tokens/s, and 4 x weights x
              tokens as a share of the matrix peak (with LoRA the weights need no gradient)
 4. step      a whole step at these sizes, and the peak of its memory
@@ -54,6 +55,7 @@ SIZES = {
         num_key_value_heads=2, vocab_size=600, question=12, step=5, new_tokens=12,
         rows=(4, 2), steps=6, problems=6, search_tokens=12, product=128)}
 LIMIT = 150  # seconds of a part
+KINDS = {"plain": False, "graph": None, "compiled": True}  # evaluate.COMPILE
 SHAPE = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
          "num_key_value_heads", "vocab_size")
 
@@ -84,6 +86,7 @@ def make_run(size, device):
     model.requires_grad_(False)
     model = get_peft_model(model, LoraConfig(
         r=16, lora_alpha=64, target_modules="all-linear", task_type="CAUSAL_LM")).eval()
+    evaluate.multiply_in_bf16(model)
     tokenizer = make_tokenizer(size)
     # one token in 200 ends a completion, so that their lengths differ
     model.generation_config.eos_token_id = list(range(1, size["vocab_size"], 200))
@@ -138,18 +141,16 @@ def decode(bench, rows, kind):
     cache = per_column * (columns + size["steps"] // 2)
     weights = sum(p.nbytes for p in model.parameters())
     floor = (weights + cache) / bench.bandwidth
-    asked = kind != "plain"
     yield dict(name=f"{rows} rows, {kind}", tokens_per_s=rows / seconds, ms=1e3 * seconds,
                floor_ms=1e3 * floor, times_floor=seconds / floor, first_steps_s=first,
-               as_asked=decoder.compiled == asked)
+               as_asked=evaluate.COMPILE is KINDS[kind])
 
 
 def decode_as(kind):
     """A part: `decode` plain, replayed as a graph, or compiled and replayed."""
     def part(bench, rows):
         evaluate.KEPT.clear()
-        with patch.object(evaluate, "COMPILE", kind != "plain"), \
-                patch.object(evaluate, "is_small", lambda model: kind == "graph"):
+        with patch.object(evaluate, "COMPILE", KINDS[kind]):
             yield from decode(bench, rows, kind)
     return part
 
@@ -191,8 +192,7 @@ def measure_step(bench, kind):
             sample.completion_ids = ids
             sample.sampler_logps = values
             sample.advantages = np.full(len(ids), draws.normal())
-    with patch.object(evaluate, "COMPILE", kind != "plain"), \
-            patch.object(evaluate, "is_small", lambda model: kind == "graph"):
+    with patch.object(evaluate, "COMPILE", KINDS[kind]):
         rollout()
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
@@ -224,8 +224,8 @@ def measure_search(bench, kind):
         sampled.append(completion)
         add(decoder, completion)
     run = bench.run
-    with patch.object(evaluate, "COMPILE", True), patch.object(evaluate.Decoder, "add", note), \
-            patch.object(evaluate, "is_small", lambda model: True), tqdm(disable=True) as bar:
+    with patch.object(evaluate, "COMPILE", KINDS[kind]), \
+            patch.object(evaluate.Decoder, "add", note), tqdm(disable=True) as bar:
         seconds = clock(lambda: mcts.run(run.models.student, run.tokenizer, problems, encode, args,
                                          {}, bar))
     tokens = sum(len(completion.ids) for completion in sampled)
@@ -328,11 +328,11 @@ def main():
             bench.do("update", measure_update, kind)
         for kind in ("plain", "graph"):
             bench.do("step", measure_step, kind)
-        bench.do("default", measure_default, "bfloat16")
         for rows in others:
             for kind in ("plain", "graph"):
                 bench.do("decode", decode_as(kind), rows)
         bench.do("search", measure_search, "graph")
+        bench.do("default", measure_default, "bfloat16")
         for rows in others:
             bench.do("decode", decode_as("compiled"), rows)
         bench.do("step", measure_step, "compiled")
