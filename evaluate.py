@@ -758,7 +758,7 @@ class Step:
 
     recorded   whether the kernels are recorded as a CUDA graph at the first call, and replayed. A
                graph reads the weights where they are: it sees what the optimiser has made of them.
-    compiled   whether they are compiled before: fewer of them
+    compiled   whether torch.compile makes them fewer before that
     """
 
     def __init__(self, rows, columns, recorded=False, compiled=False):
@@ -846,10 +846,10 @@ class Decoder:
     column, so that one index says where the next token goes. When rows end or begin, or the columns
     are full, `arrange` lays them out anew.
 
-    On CUDA a step is recorded as a graph, with --compile it is compiled by torch.compile, which
-    takes most of a minute for a shape and pays in runs of an hour. Both want few shapes: then the
-    number of rows shrinks by factors of four, that of columns is a power of two, and the Steps are
-    kept for the next Decoder.
+    On CUDA a step is recorded as a graph. With --compile it is compiled by torch.compile, too,
+    which takes a minute for a shape and pays after some hundred updates. Both want few shapes: then
+    the number of rows shrinks by factors of four, that of columns is a power of two, and the Steps
+    are kept for the next Decoder.
     """
 
     def __init__(self, model, tokenizer, slots):

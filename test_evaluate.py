@@ -293,6 +293,24 @@ def test_a_compiled_step_samples_the_same(compiled, family, attention, dtype, mo
             assert sample()[0] == second[0]
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_on_cuda_a_recorded_step_samples_the_same():
+    """And what the optimiser does to LoRA is seen by what was recorded before."""
+    model, tokenizer = evaluate.load("data/arithmetic/student", device="cuda")
+    model = with_lora(model)
+    problems = tree.read_problems("data/arithmetic/test.jsonl", 64)
+    prompts = [evaluate.encode(tokenizer, problem["question"])[0] for problem in problems]
+    sample = partial(evaluate.generate, model, tokenizer, prompts, 128, batch_size=32)
+    for _ in range(3):
+        recorded = sample()
+        assert any(step.graph for step in evaluate.KEPT[model].values())
+        with patch.object(evaluate, "COMPILE", False):
+            assert sample() == recorded
+        for weight in model.parameters():
+            if weight.requires_grad:
+                weight.data += 0.01
+
+
 def test_where_nothing_can_be_compiled_the_plain_step_goes_on(compiled, monkeypatch, capsys):
     """It is said once."""
     def fail(graph, example_inputs):
