@@ -9,10 +9,12 @@ that both sides do equal work, unless --natural lets them end where the model en
 
 1. update     one update of a batch, every sample padded to its own row, against packed groups
 2. generate   transformers' generate, against ours, on the same prompts
-3. step       TRL's GRPOTrainer, against ours: rollout, reward, advantages, update; same prompts,
-              batch, lengths, LoRA, dtype
-4. group size the update at 4 to 64 samples of one tree: its cost follows the distinct tokens
-5. memory     peak of the process for one update and for generation alone, each in a process of
+3. slots      eight batches of prompts one after the other, against as many slots that are filled
+              again as completions end; with --natural, for otherwise all end together
+4. step       TRL's GRPOTrainer, against ours: rollout, reward, advantages, update; same prompts,
+              batch, lengths, LoRA. TRL's dtype is the one it is shipped with, or --trl_dtype
+5. group size the update at 4 to 64 samples of one tree: its cost follows the distinct tokens
+6. memory     peak of the process for one update and for generation alone, each in a process of
               its own
 """
 import argparse
@@ -33,7 +35,7 @@ from tree import (append_jsonl, arguments, at_least, micro_batches, pack, rng,  
 
 LR = 1e-6  # of the updates that are timed
 FORWARDED = ("model", "trees", "batch_size", "group_size", "new_tokens", "max_prompt",
-             "micro_tokens", "threads")  # flags that a process of its own is given, too
+             "micro_tokens", "threads", "dtype", "trl_dtype")  # also those of part 6's processes
 
 
 # ---- Timing --------------------------------------------------------------------------------------
@@ -99,7 +101,7 @@ def build(args):
     flags = {"model": args.model, "trees": args.trees, "batch_size": args.batch_size,
              "group_size": args.group_size, "max_new_tokens": args.new_tokens,
              "max_prompt": args.max_prompt, "micro_tokens": args.micro_tokens,
-             "lora_rank": 16, "lr": LR, "eval_every": 0}
+             "dtype": args.dtype, "lora_rank": 16, "lr": LR, "eval_every": 0}
     words = []
     for name, value in flags.items():
         words += [f"--{name}", str(value)]
@@ -165,6 +167,23 @@ def our_generate(run, prompts, args):
     evaluate.generate(run.models.student, run.tokenizer, prompts, args.new_tokens)
 
 
+def in_batches(run, prompts, args):
+    """Our sampler on many prompts, a batch of them after the other."""
+    for begin in range(0, len(prompts), args.batch_size):
+        our_generate(run, prompts[begin:begin + args.batch_size], args)
+
+
+def in_slots(run, prompts, args):
+    """The same in as many slots, each filled again when its completion ends. Returns the share of
+    slots that were busy until the last completion began."""
+    decoder = evaluate.Decoder(run.models.student, run.tokenizer, args.batch_size)
+    for k, prompt in enumerate(prompts):
+        decoder.add(evaluate.Completion(k, prompt, args.new_tokens, 1.0, (0, k), False))
+    for _ in decoder.run():
+        pass
+    return decoder.busy
+
+
 def our_step(run, trees, knobs, step):
     """One step of ours: (seconds of rollout and grading, seconds of the update). Advantages are
     random, so that no group is dead."""
@@ -218,13 +237,11 @@ def trl_steps(args, tokenizer, prompts, steps=1, after_step=lambda step: None):
             return outputs
 
     draws = rng(0)
-    config = trl_config(args, steps)
-    dtype = torch.bfloat16 if config.bf16 else torch.float32
     trainer = InOrder(
         model=AutoModelForCausalLM.from_pretrained(
-            args.model, dtype=dtype, attn_implementation="sdpa"),
+            args.model, dtype=getattr(torch, args.trl_dtype), attn_implementation="sdpa"),
         reward_funcs=lambda completions, **_: draws.normal(size=len(completions)).tolist(),
-        args=config, processing_class=tokenizer, callbacks=[Clock()],
+        args=trl_config(args, steps), processing_class=tokenizer, callbacks=[Clock()],
         train_dataset=datasets.Dataset.from_list(
             [{"prompt": tokenizer.decode(prompt)} for prompt in prompts]),
         peft_config=LoraConfig(
@@ -242,7 +259,7 @@ def trl_config(args, steps):
         output_dir=os.path.join(args.tmp, "trl"), per_device_train_batch_size=args.batch_size,
         num_generations=args.group_size, max_completion_length=args.new_tokens,
         generation_kwargs=limits, max_steps=steps, beta=0.0, temperature=1.0, learning_rate=LR,
-        bf16=on_gpu, use_cpu=not on_gpu, gradient_checkpointing=False,
+        bf16=args.trl_dtype == "bfloat16", use_cpu=not on_gpu, gradient_checkpointing=False,
         report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True)
 
 
@@ -297,17 +314,32 @@ def parse_args():
         help="let completions end where the model ends them, instead of all at --new_tokens")
     add("--pairs", type=count, default=7, help="how often each comparison is timed")
     add("--sizes", type=count, nargs="*", default=[4, 8, 16, 32, 64],
-        help="group sizes of part 4")
+        help="group sizes of part 5")
     add("--threads", type=count, default=os.cpu_count(), help="of PyTorch on the CPU")
+    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="as train.py's")
     add("--trl", action="store_true", help="compare whole steps with TRL, which must be installed")
+    add("--trl_dtype", choices=("float32", "bfloat16"), help="the default is TRL's: bfloat16 on a "
+        "GPU, float32 on a CPU", default="bfloat16" if torch.cuda.is_available() else "float32")
     add("--tmp", default="out", help="where TRL may write")
     add("--out", help="append the figures to this JSONL file")
     add("--only", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
+def compare_slots(args, knobs, run, trees):
+    """Part 3: batches one after the other, and slots that are filled again."""
+    prompts = []
+    for step in range(8):
+        prompts += [s.prefix_ids for s in make_batch(run, trees, knobs, step)]
+    row = compare("generate 8 batches: one by one -> slots", lambda: in_batches(run, prompts, args),
+                  lambda: in_slots(run, prompts, args), args.pairs, len(prompts) * args.new_tokens)
+    row["busy"] = in_slots(run, prompts, args)
+    print(f"slots busy until the last completion began: {row['busy']:.0%}")
+    return row
+
+
 def compare_steps(args, knobs, run, trees, floor):
-    """Part 3: TRL's steps and ours in turn, the first of each being the warm-up."""
+    """Part 4: TRL's steps and ours in turn, the first of each being the warm-up."""
     prompts = []
     for step in range(args.pairs + 1):
         prompts += [s.prefix_ids for s in make_batch(run, trees, knobs, step)]
@@ -324,7 +356,7 @@ def compare_steps(args, knobs, run, trees, floor):
 
 
 def compare_sizes(args, knobs, run, trees):
-    """Part 4: the update of one group, larger and larger, of the tree with the most prefixes."""
+    """Part 5: the update of one group, larger and larger, of the tree with the most prefixes."""
     tree = max(trees[:200], key=lambda tree: len(tree.steps))
     rows = []
     for size in args.sizes:
@@ -373,6 +405,8 @@ def measure(args):
                generate)
     rows = [update, generate]
     kinds = ["nothing", "padded", "packed", "generate", "ours"]
+    if args.natural:
+        rows.append(compare_slots(args, knobs, run, trees))
     if args.trl:
         rows += compare_steps(args, knobs, run, trees, update_floor + generate_floor)
         kinds += ["trl_step", "our_step"]
