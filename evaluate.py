@@ -59,7 +59,7 @@ INSTRUCTION = ("Solve the problem step by step. Separate the steps by blank line
                "End with \"The answer is \\boxed{...}.\"")
 FIXED_DATE = "{% macro strftime_now(format) %}01 Jan 2025{% endmacro %}{{ '' }}"
 ROOM = 16  # columns of keys and values allocated ahead, where the cache may grow
-COMPILE = None  # --compile is True, --no_compile False: see Decoder
+COMPILE = None  # True: --compile. False: --no_compile. None: a graph on CUDA, plain on a CPU
 COMPILER = dict(backend="inductor")  # of torch.compile
 BASE_WEIGHTS = "base_weights.json"  # beside an adapter: the checksum of the weights it is for
 
@@ -110,7 +110,8 @@ def add_device_flags(add):
         help="of the weights; auto: bfloat16 for 20 million weights or more, where it is fast")
     add("--compile", action="store_true", default=None, help="compile decoding with torch.compile; "
         "by default its kernels are recorded as a graph on CUDA")
-    add("--no_compile", dest="compile", action="store_false", default=None, help="neither")
+    add("--no_compile", dest="compile", action="store_false", default=None,
+        help="decode step by step: no graph, no torch.compile")
 
 
 def is_small(model):
@@ -141,6 +142,8 @@ def load(model, adapter=None, device="cpu", dtype="auto", trainable=False):
     Raises InputError where there is no such model, or one that could not be sampled rightly.
     """
     device = torch.device(device)
+    if device.index is not None:
+        torch.cuda.set_device(device)  # graphs are recorded on the current one
     policy = load_weights(AutoModelForCausalLM, model, dtype, device)
     tokenizer = load_tokenizer(model, adapter)
     if len(tokenizer) > policy.get_input_embeddings().num_embeddings:
@@ -233,7 +236,7 @@ def load_adapter(policy, model, adapter, trainable):
 
 
 def multiply_in_bf16(policy):
-    """Where the base is bf16, LoRA's products are as well. Its weights stay float32."""
+    """Where the base is bf16, LoRA's products are too, by autocast. Its weights stay float32."""
     if policy.dtype != torch.bfloat16:
         return
     for module in policy.modules():
@@ -588,10 +591,12 @@ def with_less_memory(work, size):
         try:
             return work(size), size
         except RuntimeError as error:
-            if not is_out_of_memory(error) or size == 1 and not KEPT:
+            if not is_out_of_memory(error) or (size == 1 and not KEPT):
                 raise
-        if KEPT:  # what decoding has left for its next time
+        # outside of `except`, where the traceback holds the memory of what failed
+        if KEPT:  # Steps for a later Decoder
             KEPT.clear()
+            recorder.cache_clear()
             torch.cuda.empty_cache()
         else:
             size = size // 2
@@ -665,7 +670,7 @@ def prefill(model, prompts):
     rows = shared_rows(prompts)
     packed = []
     for row in rows:
-        # a prompt of one token has nothing to compute before it: that token is there for its shape
+        # a prompt of one token has no past: its token is computed, and nothing is made of it
         packed.append(pack([prompts[k][:-1] or prompts[k] for k in row]))
     ids, position, mask = pad_rows(packed, model)
     cache = DynamicCache()  # a plain one: with the model's config, sliding layers drop old tokens
@@ -714,7 +719,7 @@ def next_logits(model, cache, last, position):
     last, position (N,) the last id of each, and its place in its sequence
     """
     layer = cache.layers[0]
-    # (C,) 0 is the column that is written now, what is below 0 holds the past
+    # (C,) columns, counted from the one that is written now: those below 0 hold the past
     offset = torch.arange(layer.max_cache_len, device=last.device) - layer.cumulative_length
     place = offset + position[:, None]  # of what each column holds, in its sequence (N, C)
     visible = (place >= 0) & (offset <= 0)
@@ -746,19 +751,18 @@ class Completion:
 
 @cache
 def compiled_logits():
-    """`next_logits`, compiled for each model, number of rows and of columns at its first use."""
-    config = torch._dynamo.config
-    limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
-    setattr(config, limit, 64)  # of such shapes
+    """`next_logits`, compiled anew for each model, number of rows and number of columns."""
+    torch._dynamo.config.cache_size_limit = 64  # of these
     return torch.compile(next_logits, fullgraph=True, dynamic=False, **COMPILER)
 
 
 class Step:
-    """One token for each sequence in a cache of so many rows and columns.
+    """A cache of so many rows and columns, and the computation of a token for each row.
 
-    recorded   whether the kernels are recorded as a CUDA graph at the first call, and replayed. A
-               graph reads the weights where they are: it sees what the optimiser has made of them.
-    compiled   whether torch.compile makes them fewer before that
+    recorded   whether its kernels are recorded as a CUDA graph at the first call, and replayed. A
+               graph reads the weights where they were: it sees what the optimiser has changed in
+               place, but no other adapter and no hook. KEPT.clear() makes it forget.
+    compiled   whether torch.compile fuses the kernels first
     """
 
     def __init__(self, rows, columns, recorded=False, compiled=False):
@@ -770,8 +774,8 @@ class Step:
         self.graph = None
 
     def fill(self, layer_index, rows, keys, values, used):
-        """Put keys and values (n, heads, T, head_dim) into these rows of a layer, so that all end
-        before the column `used`, where the next token goes."""
+        """Put keys and values (n, heads, T, head_dim) into these rows of a layer, so that the last
+        stands in the column before `used`, where the next token goes."""
         if layer_index == len(self.layers):
             layer = StaticLayer(self.columns)
             layer.lazy_initialization(keys[:1].expand(self.rows, -1, -1, -1),
@@ -789,7 +793,7 @@ class Step:
         return sample_token(logits, temperature, uniform)
 
     def __call__(self, model, used, inputs):
-        """run(model, *inputs), where so many columns are used."""
+        """run(model, *inputs), whose keys and values go into the column `used`."""
         if not self.recorded:
             return self.run(model, *inputs)
         if self.graph is None:
@@ -826,12 +830,12 @@ class Step:
 
 @cache
 def recorder():
-    """What all graphs share: a small one that keeps their common memory alive, and the stream on
-    which they are recorded. They may share memory for `Decoder.sample` reads what one has found
-    before another is replayed."""
+    """What all graphs share: a small one that owns their memory, and the stream on which they are
+    recorded. To share memory is safe: `Decoder.sample` copies what one has found before another is
+    replayed."""
     stream = torch.cuda.Stream()
     keeper = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(keeper, stream=stream):
+    with torch.cuda.graph(keeper, stream=stream, capture_error_mode="thread_local"):
         torch.zeros(1, device="cuda")
     return keeper, stream
 
@@ -846,23 +850,25 @@ class Decoder:
     column, so that one index says where the next token goes. When rows end or begin, or the columns
     are full, `arrange` lays them out anew.
 
-    On CUDA a step is recorded as a graph. With --compile it is compiled by torch.compile, too,
-    which takes a minute for a shape and pays after some hundred updates. Both want few shapes: then
-    the number of rows shrinks by factors of four, that of columns is a power of two, and the Steps
-    are kept for the next Decoder.
+    On CUDA a step is recorded as a graph. With --compile it is compiled by torch.compile, on a CPU
+    as well, which takes a minute for a shape and pays after several hundred updates. Both want
+    `static` shapes: the number of rows shrinks by factors of four, that of columns is a power of
+    two and has room for the longest completion from the start, and the Steps are kept for the next
+    Decoder. That takes memory for a few whole caches.
     """
 
     def __init__(self, model, tokenizer, slots):
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.slots = slots
-        self.static = model.device.type == "cuda" if COMPILE is None else COMPILE  # few shapes
+        self.static = model.device.type == "cuda" if COMPILE is None else COMPILE
         self.ends = set(eos_ids(model, tokenizer))
         self.newlines = tokens_with_newline(tokenizer)
         self.waiting = deque()
         self.rows = []       # a Completion, or None where one has ended
         self.now = None      # the Step for these rows
         self.used = 0        # columns of its cache
+        self.torn = False    # whether `advance` has begun and not come to its end
         self.kept = {}       # (rows, columns) -> Step, where they are static
         if self.static:
             self.kept = KEPT.pop(model, {})
@@ -888,7 +894,7 @@ class Decoder:
 
         Where memory runs out, all that was under way is begun anew in half as many slots.
         """
-        # inference_mode is less work, but what is compiled cannot change its tensors
+        # inference_mode is less work, but compiled code may not write to its tensors
         no_gradient = torch.no_grad if self.static else torch.inference_mode
         if not (self.waiting or any(self.rows)):
             return []
@@ -897,9 +903,10 @@ class Decoder:
         return ended
 
     def advance(self, slots):
-        """`step` in so many slots."""
-        if slots < self.slots:
+        """One step with at most so many rows."""
+        if self.torn or slots < self.slots:
             self.begin_anew()
+        self.torn = True
         live = [k for k, row in enumerate(self.rows) if row]
         count = min(len(self.waiting), slots - len(live))
         if 8 * count < len(live):
@@ -909,7 +916,7 @@ class Decoder:
         longest = max((len(row.prompt) for row in new), default=0)
         full = self.now and self.used == self.now.columns
         too_small = full or longest > self.used + 1 or rows > len(self.rows)
-        too_large = 8 * (len(self.rows) - rows) >= len(self.rows)
+        too_large = 8 * (len(self.rows) - rows) >= len(self.rows)  # an eighth is empty
         if too_small or too_large:
             self.arrange(live, new, rows)
         elif new:
@@ -928,6 +935,7 @@ class Decoder:
                 if self.has_ended(row):
                     ended.append(row)
                     self.rows[k] = None
+        self.torn = False
         return ended
 
     def begin_anew(self):
@@ -958,9 +966,10 @@ class Decoder:
         to_come = max(row.max_new_tokens - len(row.ids) for row in work + new)
         if self.static:
             columns = 1 << (width + to_come - 1).bit_length()
-        else:  # attention passes over those without a token, too
+        else:  # attention computes empty columns, too
             columns = width + min(to_come, ROOM)
-        step = self.kept.get((rows, columns)) or self.new_step(rows, columns)
+        recorded = self.static and self.model.device.type == "cuda"
+        step = self.kept.get((rows, columns)) or Step(rows, columns, recorded, bool(COMPILE))
         index = torch.tensor(live, dtype=torch.long, device=self.model.device)
         used = slice(self.used - max(lengths, default=0), self.used)
         for k, layer in enumerate(self.now.layers if live else []):
@@ -976,11 +985,6 @@ class Decoder:
         self.rows = work + [None] * (rows - len(work))
         if new:
             self.begin(new)
-
-    def new_step(self, rows, columns):
-        """A Step of this shape."""
-        recorded = self.static and self.model.device.type == "cuda"
-        return Step(rows, columns, recorded, compiled=bool(COMPILE))
 
     def begin(self, new):
         """Let new completions, the first of those that wait, begin in free rows."""
@@ -1005,7 +1009,7 @@ class Decoder:
                 position.append(len(row.prompt) + len(row.ids) - 1)
                 temperature.append(row.temperature)
                 uniform.append(row.uniform[len(row.ids)])
-            else:  # what this row says is not heard
+            else:  # an empty row, whose token is ignored
                 for values in (last, position, temperature, uniform):
                     values.append(0)
         tensor = partial(torch.tensor, device=self.model.device)
@@ -1025,10 +1029,12 @@ class Decoder:
             self.simplify(failure)
 
     def simplify(self, failure):
-        """Go on without what has failed: without compilation, or else without a graph."""
+        """Go on without what has failed: compiled, then recorded, then plain."""
         global COMPILE
-        say(f"decoding is not {'compiled' if COMPILE else 'recorded'}: {failure}")
-        COMPILE = None if COMPILE and self.now.recorded else False
+        compiled = self.now.next_logits is not next_logits
+        print(f"decoding is not {'compiled' if compiled else 'recorded'}: {failure}", flush=True)
+        COMPILE = None if compiled and self.now.recorded else False
+        KEPT.clear()
         self.static = COMPILE is None
         self.kept = {}
         self.now.recorded = self.static

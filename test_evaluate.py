@@ -352,6 +352,29 @@ def test_what_decoding_keeps_goes_first_where_memory_runs_out():
     assert sizes == [8, 8, 4] and not evaluate.KEPT
 
 
+@pytest.mark.parametrize("failing", range(2, 33, 3))
+def test_a_step_that_was_torn_is_begun_anew(monkeypatch, failing):
+    """Memory runs out in the middle of a new layout, and is there again without another model's
+    Steps: as many side by side, the same completions."""
+    model, tokenizer = tiny()
+    prompts = prompts_of(tokenizer) * 2
+    sample = partial(evaluate.generate, model, tokenizer, prompts, 25, batch_size=6)
+    whole = sample()
+    fill = evaluate.Step.fill
+    calls = []
+
+    def torn(step, *given):
+        calls.append(step)
+        if len(calls) == failing:
+            raise RuntimeError("CUDA error: out of memory")
+        fill(step, *given)
+    monkeypatch.setattr(evaluate.Step, "fill", torn)
+    other, _ = tiny()
+    evaluate.KEPT[other] = {}
+    assert sample() == whole
+    assert len(calls) > failing and not evaluate.KEPT
+
+
 @pytest.mark.parametrize("room", [1, 2, 5])
 def test_out_of_memory_halves_the_batch(monkeypatch, capsys, room):
     """Half as many side by side give the same completions; one that does not fit is an error."""

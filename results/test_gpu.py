@@ -25,7 +25,7 @@ def test_every_part_has_its_rows_and_a_failure_is_one(tmp_path, capsys):
     assert {row["part"] for row in failed} == {"default"}
     assert "OSError: no room" in failed[0]["error"]
     parts = [row["part"] for row in rows]
-    assert parts.count("decode") == 6 and parts.count("step") == 3
+    assert parts.count("decode") == 6 and parts.count("step") == 2
     for row in rows:
         assert row.get("as_asked", True)
         assert row.get("gap", 0) < 1e-2
