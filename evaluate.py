@@ -142,7 +142,7 @@ def load(model, adapter=None, device="cpu", dtype="auto", trainable=False):
     Raises InputError where there is no such model, or one that could not be sampled rightly.
     """
     device = torch.device(device)
-    if device.index is not None:
+    if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # graphs are recorded on the current one
     policy = load_weights(AutoModelForCausalLM, model, dtype, device)
     tokenizer = load_tokenizer(model, adapter)
