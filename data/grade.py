@@ -45,7 +45,9 @@ BOX = r"\\boxed ?\{((?:[^{}]|\{[^{}]*\})*)\}"
 FILL = r"(?:[\s$}]|\\[()]|\\q?quad|\\text\{|[a-z] ?=)*"
 CLEAN = [
     (r"[\u200b-\u200f\u2060\ufeff\xad\ue000-\uf8ff]", ""),  # zero-width, and what HIDE makes
+    (r"<<[^<>]*>>", ""),  # GSM8K's calculator: <<3+4=7>>7
     (r"(?i)<(?:final_)?answer>", "answer: "),
+    (r"(?i)\b(?:check|verify)(?:ing)? (?:\w+ )?answer", " "),  # "check our answer: 2 + 3 = 5"
     (r"\[/?[A-Z]{3,9}\]|<[A-Za-z/|][\w|]{0,40}>", " "),  # </s>, <|eot_id|>, [END]
     (rf"{BOX}(?:(?:{FILL}(?:,|and\b|or\b))+{FILL}{BOX})+",  # \boxed{2} and \boxed{3}
      lambda boxes: rf"\boxed{{{', '.join(re.findall(BOX, boxes[0]))}}}")]
@@ -54,7 +56,8 @@ MARKER = re.compile(
     r"(?=[\\#a])(?:(?P<box>\\(?:boxed|fbox)\s{0,9})|"
     r"(?P<hashes>(?<!#)#{4,9}(?!#|\s{0,9}\d{1,2}[.):]\s{1,9}[A-Z*]))|"  # "#### 2. Add" is a heading
     r"(?P<words>answers?[\s*_]{0,9}(?:is|are)\b(?: (?:therefore|now|just))?[\s:*_]{0,9})|"
-    r"(?P<colon>(?:answers?[\s*_]{0,9}[:=]|(?:(?<=[#*])|(?<=[#*] )|(?<=final ))answer\b)"
+    r"(?P<colon>(?:(?<!/)answers?[\s*_]{0,9}[:=]|"
+    r"(?:(?<=[#*])|(?<=[#*] )|(?<=final ))answer\b(?=[ *_]{0,9}[-\n$\\\d]))"
     r"[\s:*_]{0,9}(?:(?<=\n)[-•]\s)?))", re.IGNORECASE)  # the answer may be the item of a list
 BRACE = re.compile(r"\\[\\{}]|[{}]")
 BARE = re.compile(r"[-+.\d\\][^\s$]*")  # \boxed 5, but not "\boxed as you wished"
@@ -77,7 +80,8 @@ WORDS = re.compile(  # of a sentence, those apart that belong to a formula
 CHANGED = re.compile(  # words that make another number of the next, and quantities of two parts
     r"\b(?:not|never|isn['’]t|than|but|except|neither|nor|half|thirds?|quarters?|(?:fif|six)ths|"
     r"twice|double|triple|times|square|cube|root|power|sum|product|ratio|difference|multiple|"
-    r"divisor|factor|reciprocal|negative|opposite|most|least|under|below|over|above|between|up to)"
+    r"divisor|factor|reciprocal|negative|opposite|most|least|under|below|over|above|between|up to|"
+    r"adding|subtracting|multiplying|dividing|larger|smaller|rounded)"
     rf"(?: (?:of|the|an?|or|equal|to))* \$?-?{N}|{N} (?:or (?:more|less|fewer)|at (?:mo|lea)st)\b|"
     rf"\d [a-z]+,? \$?\d|{N} [a-z]+,? and \$?{N}")
 NO_ANSWER = re.compile(  # words behind "the answer is" that do not state it
@@ -155,7 +159,7 @@ def in_sentence(text):
 
 def tidy(answer):
     """Without what surrounds it; a plain number also without "$" and thousands separators."""
-    answer = answer.strip().lstrip(" }:*_`\"“'").rstrip(" .,;:\\*_`\"”'")
+    answer = answer.strip().lstrip(" }:,*_`\"“'").rstrip(" .,;:\\*_`\"”'")
     if re.fullmatch(r"-?\d*\.\d{40,}", answer):
         answer = answer.rstrip("0")
     if len(answer) > LONG:
@@ -178,6 +182,8 @@ def repeating(match):
 SPOKEN = [
     (rf"\b(?:negative|minus) (?=\$?{N}|\\)", "-"),
     (r"(?<=\d) and a half\b", ".5"),
+    (rf"(?<=[\da-z}}\ue000-\ue07f]) ?/ ?(?=(?:\\text\{{)?(?!(?:{NAMES})\b)(?:[a-z]{{4}}|day\b))",
+     " per "),  # $18/hour
     (rf"(?<={N}),? (?:and|or) (?=\$?-?{N})", ", "),
     (r"^(?:In|For|With|If|When|Since|After|Given|On|At|By|From)\b[^,]*, ", "")]  # In $ABC$, ...
 MATRIX = r"\{(?:[bpB]?(?:small)?matrix|array)\}"
@@ -501,8 +507,8 @@ def states_answer(step):
 def operators(answer):
     """How many operators and brackets are left to work out, those of numeric exponents apart."""
     value = re.sub(r"\^\{?[\d/]+\}?", "", answer.rpartition("=")[2])
-    found = re.findall(r"[+*/]|(?<=[\w)}])\s*-|\\(?:[dtc]?frac|cdot|times|div)|(?<![a-z])\(", value)
-    return len(found)
+    return len(re.findall(r"[+*/]|(?<!\\)!|(?<=[\w)}])\s*-|(?<![a-z])\(|"
+                          r"\\(?:[dtc]?frac|[dt]?binom|cdot|times|div)", value))
 
 
 def equal(gold, answer):

@@ -67,6 +67,12 @@ FOUND = [  # completion, its answer
     ("The answer is Evelyn, since she is fastest.", "Evelyn"),
     ("The answer is June 20.", "June 20"),
     ("The answer is 25%.", "25%"),
+    ("The answer is <<3+5=8>>8.", "8"),
+    ("Answer: The total, 18.", "18"),
+    (r"\boxed{3.14}, which is the final answer to 2 decimal places.", "3.14"),
+    ("The answer is 18. This final answer uses 3 facts.", "18"),
+    (r"So it is $\boxed{44}$. We may check our answer: $17 \cdot 44 = 748$.", "44"),
+    (r"\boxed{12}, for 24 points/answer = 12", "12"),
     ("The answer is 38\nQuestion: what is 3 + 4?", "38"),
 ]
 NO_MARKER = [
@@ -87,6 +93,9 @@ ANNOUNCED = [
     "The answer is:", "**Final Answer:**", "**Final Answer**", "#### Step 1", "#### 2. Add them up",
     "#### Step 1: add 3 and 4", "Thus the answer is the sum of 3 and 4:", "So the answer is",
     "The answer is given by", "This shows that the answer is correct.", "\\boxed{}",
+    "Round the final answer to the nearest 10.", "We compute the final answer by adding 3 and 4.",
+    "The answer is found by adding 3 and 4", "The answer is the larger of 3 and 4",
+    "## Answer choices",
 ]
 STATED = ["The answer is 5.", "#### 5", "so \\boxed{5}", "**Final Answer:** east"]
 
@@ -145,7 +154,7 @@ RIGHT = [  # gold, then answers
     (r"\sqrt[3]{2}", ["2^{1/3}", r"2^{\frac13}"]),
     (r"12\pi", [r"12 \pi \text{ cm}", r"π \cdot 12", "12pi"]),
     (r"\frac{\pi}{4}", [r"\pi/4", r"\frac14\pi", r"\arctan 1"]),
-    ("120", ["5!", r"\frac{6!}{3!}"]),
+    ("120", ["5!", r"\binom{10}{3}"]),
     (r"90^\circ", ["90", r"90^{\circ}", "90°", r"90 \text{ degrees}"]),
     (r"15\mbox{ cm}^2", ["15", "15 cm^2", r"15\ \text{cm}^2", "15 cm²",
         r"15 \text{ square centimeters}"]),
@@ -420,6 +429,10 @@ KINDS = {
         (r"The answer is $(3^5 - 3^4) \div 9$.", "18", False),
         (r"\boxed{2 + 4 + 6 + 8}", "20", False),
         (r"\boxed{\dfrac{12 \cdot 11}{2}}", "66", False),
+        (r"\boxed{\frac{12!}{3!4!5!}}", "27720", False),
+        (r"\boxed{\frac{6!}{3!}}", "120", False),
+        (r"\boxed{10! - 8!}", "3588480", False),
+        (r"\boxed{\binom{10}{3} \binom{7}{2}}", "2520", False),
         (r"\boxed{48 + 24}", "72", True),
         (r"\boxed{(8 - 2) \cdot (5 + 4) = 54}", "54", True),
         (r"\boxed{(x+6)(x-4)}", "(x-4)(x+6)", True),
@@ -435,6 +448,13 @@ KINDS = {
         ("Answer: `64`", "64", True),
         ("The answer is \"64\".", "64", True),
         ("**Final Answer**\n\n64", "64", True),
+    ],
+    # A rate behind a slash was a quotient by an unknown.
+    "rate": [
+        ("The answer is $60/hour.", "60", True),
+        ("#### 60 miles/hour", "60", True),
+        (r"\boxed{\$60/\text{hour}}", "60", True),
+        (r"\boxed{5/abc}", "5", False),
     ],
     # The tokens that end a turn, and tags of HTML, belonged to the answer.
     "token or tag": [
