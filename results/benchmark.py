@@ -395,14 +395,14 @@ def measure(args):
     update = compare(
         "update: padded -> packed", updater(run, samples, knobs, True),
         updater(run, samples, knobs, False), args.pairs, padded)
-    update_floor = 6 * weights * packed / flops
-    show_floor("the packed update, 6 x weights x distinct tokens / peak", update_floor, update)
+    update_floor = 4 * weights * packed / flops  # 2 forward, 2 backward; the base needs no gradient
+    show_floor("the packed update, 4 x weights x distinct tokens / peak", update_floor, update)
     generate = compare(
         "generate: transformers -> ours", lambda: their_generate(run, prompts, args),
         lambda: our_generate(run, prompts, args), args.pairs, len(prompts) * args.new_tokens)
-    generate_floor = weight_bytes * args.new_tokens / (bandwidth / 2)
-    show_floor("decoding, bytes of weights x steps / copy's read bandwidth", generate_floor,
-               generate)
+    generate_floor = weight_bytes * args.new_tokens / bandwidth
+    show_floor("decoding, bytes of weights x steps / bandwidth of a copy, read and written",
+               generate_floor, generate)
     rows = [update, generate]
     kinds = ["nothing", "padded", "packed", "generate", "ours"]
     if args.natural:

@@ -22,8 +22,8 @@ What is found of an estimator, each with its 95 % interval:
     norm        |E x|^2
     variance    the trace of the covariance of x, E |x|^2 - |E x|^2
     cosine      of E x and the gradient of the objective, E y
-    signal      |E x projected on E y|^2 / variance, of one group. As much noise as signal is in the
-                mean of 1 / signal groups
+    signal      |E x projected on E y|^2 / variance, of one group; negative where E x points the
+                other way. As much noise as signal is in the mean of 1 / signal groups
     efficiency  signal over the signal of `flat`: how many times fewer groups give as accurate a
                 gradient
 
@@ -55,6 +55,17 @@ from tree import (InputError, MicroBatch, append_jsonl, arguments, at_least,  # 
 PROJECTION = 512                   # dimensions
 REFERENCE = "norm, other groups"   # unbiased, and of little variance
 NEEDS_ROLLOUTS = {"mc"}            # of its own: cannot be applied to these samples
+SAMPLED_WITH = dict(  # flags of train.py that would sample, or reward, in another way
+    objective="tree_opo", baseline="expectation", behaviour="student", reward="task", critic=None)
+LEGEND = """Efficiency: how many times fewer groups than with `flat` give as accurate a gradient.
+Cosine: of the estimator's mean gradient and the gradient of the objective. Brackets are 95 %
+intervals; an estimate by products between groups is not bounded, so a cosine can exceed 1.
+
+The names are those of `advantage.py`, then those of variants. These are called by what weighs the
+rewards in their baseline: `length`, `surprisal` (-log p), `spread` (the squared gradient with
+respect to the logits) or `norm` (the exact squared gradient). "others" leaves out the own sample,
+"subtree" and "depth" have a baseline for each of these, "other groups" takes it from all other
+groups and is the reference. "/ sqrt(surprisal)" divides the advantages by that."""
 
 
 # ---- Measure: samples and their gradients --------------------------------------------------------
@@ -315,8 +326,9 @@ def interval(quantity):
 
 
 def ratio_interval(quantity):
-    """The same of what is never negative, taken of its logarithm."""
-    return np.exp(interval(np.log(quantity)))
+    """The same of what is positive, taken of its logarithm; nan where it is not."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.exp(interval(np.log(quantity)))
 
 
 def assess(x, squares, y):
@@ -332,7 +344,7 @@ def assess(x, squares, y):
     variance = mean(squares) - norm
     with np.errstate(invalid="ignore"):  # an estimate of a square can be negative: then it is nan
         cosine = along / np.sqrt(norm * reference)
-    signal = along ** 2 / reference / variance
+    signal = along * np.abs(along) / reference / variance
     return dict(norm=norm, variance=variance, cosine=cosine, signal=signal)
 
 
@@ -412,34 +424,29 @@ def distinct(lines, key):
 
 
 def table(lines):
-    """Markdown: a row an estimator, and of each label its efficiency and its cosine."""
-    at = {(line["estimator"], line["label"]): line for line in lines}
-    labels = distinct(lines, "label")
-    header = ["estimator"]
-    for label in labels:
-        header += [f"{label}: efficiency", "cosine"]
-    rows = [header, ["---"] * len(header)]
-    for name in distinct(lines, "estimator"):
-        row = [name]
-        for label in labels:
-            for key in ("efficiency", "cosine"):
-                row.append(cell(at[name, label], key) if (name, label) in at else "–")
-        rows.append(row)
-    text = [f"| {' | '.join(row)} |" for row in rows]
-    for label in labels:
-        flat = at["flat", label]
-        constraints = ""
-        if flat["sat"] is not None:  # groups on questions have none
-            constraints = f"; flat satisfies {100 * flat['sat']:.0f} % of the order constraints"
-        needed = "an unknown number"
-        if flat["signal"]:
-            needed = f"{1 / flat['signal']:.0f}"
-        text += ["", f"{label}: {flat['groups']} groups of `--group {flat['group']}`, "
-                 f"of {flat['problems']} problems: {100 * flat['solved']:.0f} % solved, "
-                 f"{100 * flat['dead']:.0f} % of groups dead, {100 * flat['triplets']:.0f} % of "
-                 f"the others with a triplet{constraints}. As much noise as signal is in the mean "
-                 f"of {needed} groups of flat."]
-    return "\n".join([*text, ""])
+    """Markdown: what the columns mean, then a section a label with a row an estimator."""
+    text = ["# Gradients", "", LEGEND, ""]
+    for label in distinct(lines, "label"):
+        of_label = [line for line in lines if line["label"] == label]
+        [flat] = [line for line in of_label if line["estimator"] == "flat"]
+        text += [f"## {label}", "", describe_groups(flat), ""]
+        text += ["| estimator | efficiency | cosine |", "| --- | --- | --- |"]
+        for line in of_label:
+            text.append(f"| {line['estimator']} | {cell(line, 'efficiency')} | "
+                        f"{cell(line, 'cosine')} |")
+        text.append("")
+    return "\n".join(text)
+
+
+def describe_groups(flat):
+    """A sentence on the samples that a line of `flat` is made of, and one on their noise."""
+    text = (f"{flat['groups']} groups of `--group {flat['group']}`, of {flat['problems']} "
+            f"problems: {100 * flat['solved']:.0f} % solved, {100 * flat['dead']:.0f} % of groups dead, "
+            f"{100 * flat['triplets']:.0f} % of the others with a triplet")
+    if flat["sat"] is not None:  # groups on questions have no constraints
+        text += f"; flat satisfies {100 * flat['sat']:.0f} % of the order constraints"
+    needed = f"{1 / flat['signal']:.0f}" if flat["signal"] else "an unknown number"
+    return f"{text}. As much noise as signal is in the mean of {needed} groups of flat."
 
 
 def draw(lines, path):
@@ -496,18 +503,36 @@ def parse_args(argv=None):
     own, others = parser.parse_known_args(argv)
     if own.summary and others:
         raise InputError(f"--summary only reads --out; {others[0]} does nothing. Leave it out.")
-    return own, train.parse_args([*others, "--eval_every", "0"])
+    args = train.parse_args([*others, "--eval_every", "0"])
+    for name, value in SAMPLED_WITH.items():
+        if getattr(args, name) != value:
+            raise InputError(f"--{name} has no place here: all estimators get the same samples, of "
+                             "the student itself. Leave it out.")
+    return own, args
+
+
+def write_summary(path):
+    """The table and the picture of a file of lines, beside it. Returns the lines."""
+    lines = read_lines(path)
+    stem = os.path.splitext(path)[0]
+    with open(f"{stem}.md", "w", encoding="utf-8") as file:
+        file.write(table(lines))
+    draw(lines, f"{stem}.png")
+    return lines
+
+
+def portable(path):
+    """A path as it goes into the file: below the repository as seen from there, else its name."""
+    if path is None or not os.path.exists(path):  # a name on the hub
+        return path
+    inside = os.path.relpath(path, ROOT)
+    return os.path.basename(os.path.abspath(path)) if inside.startswith("..") else inside
 
 
 def main():
     own, args = parse_args()
     if own.summary:
-        lines = read_lines(own.out)
-        stem = os.path.splitext(own.out)[0]
-        with open(f"{stem}.md", "w", encoding="utf-8") as file:
-            file.write(table(lines))
-        draw(lines, f"{stem}.png")
-        print(table(lines), end="")
+        print(table(write_summary(own.out)), end="")
         return
     _, _, device = evaluate.distributed()
     run, trees, _ = train.set_up(args, 0, 1, device)
@@ -518,9 +543,9 @@ def main():
     probes = [read_probe(row, args.alpha) for row in rows]
     about = dict(
         label=own.label,
-        model=args.model,
-        adapter=args.adapter,
-        trees=args.trees,
+        model=portable(args.model),
+        adapter=portable(args.adapter),
+        trees=portable(args.trees),
         group=args.group,
         alpha=args.alpha,
         seed=args.seed)

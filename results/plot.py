@@ -23,7 +23,7 @@ from scipy import stats
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [HERE, os.path.dirname(HERE)]
-from sweep import (BEYOND, PLANNED_ROWS, RATES, ROWS, SETS, UPDATES_ROWS,  # noqa: E402
+from sweep import (BEYOND, PLANNED_ROWS, RATES, REFERENCES, ROWS, SETS, UPDATES_ROWS,  # noqa: E402
                    chosen_rate, first_lines, parse_line, rate_scores)
 from tree import InputError, arguments, read_jsonl, read_trees, run_command  # noqa: E402
 
@@ -147,6 +147,9 @@ def read_sweep(path):
     if beside.exists():
         search = json.loads(beside.read_text("utf-8"))
     for job, line in finished.items():
+        if job.row in REFERENCES:
+            line["lr"] = None
+            continue
         line["search"] = search.get(job.set)
         if "--group question" in ROWS[job.row] and job.row != "mcts_reinforce":
             line["search"] = 0
@@ -155,8 +158,11 @@ def read_sweep(path):
 
 def runs_of(finished, name, row, stage="final"):
     """{seed: the line} of a row on a set, at the rate that was chosen for it."""
-    chosen = (name, row, stage, chosen_rate(rate_scores(finished, name, row)))
-    return {job.seed: line for job, line in finished.items() if job[:4] == chosen}
+    if row in REFERENCES:
+        wanted = (name, row, "reference", 0.0)
+    else:
+        wanted = (name, row, stage, chosen_rate(rate_scores(finished, name, row)))
+    return {job.seed: line for job, line in finished.items() if job[:4] == wanted}
 
 
 def sets_run(finished):
@@ -247,7 +253,7 @@ def compare(finished, first, second, name, metric):
     seeds = sorted(a.keys() & b.keys())
     differences = [a[seed] - b[seed] for seed in seeds]
     p = 1.0
-    if len(seeds) > 1 and np.ptp(differences) > 0:
+    if len(seeds) > 1 and np.any(differences):
         p = stats.ttest_1samp(differences, 0).pvalue  # the t-test of pairs
     return Comparison(first, second, name, metric, len(seeds), *interval(differences), float(p))
 
@@ -268,12 +274,14 @@ def cell(runs, key):
         return str(len(runs))
     values = []
     for line in runs.values():
-        figures = line | line["means"] | line["scores"]
-        if figures[key] is not None:
+        figures = line | line.get("means", {}) | line["scores"]
+        if figures.get(key) is not None:
             values.append(figures[key])
     mean, half = interval(values)
     if np.isnan(mean):
         return "–"
+    if key in SCORES and np.isnan(half):
+        return f"{100 * mean:.1f}"
     if key in SCORES:
         return f"{100 * mean:.1f} ± {100 * half:.1f}"
     return format(mean, FIGURES[key][1])
@@ -428,9 +436,7 @@ def write_gradients(folder):
     if not os.path.exists(path):
         return []
     import gradients  # and with it torch
-    lines = gradients.read_lines(path)
-    Path(folder, "gradients.md").write_text(gradients.table(lines), "utf-8")
-    gradients.draw(lines, f"{folder}/gradients.png")
+    lines = gradients.write_summary(path)
     found = []
     for label in gradients.distinct(lines, "label"):
         cells = [f"{line['estimator']} {gradients.cell(line, 'efficiency')}" for line in lines
@@ -451,7 +457,7 @@ def write_sweep(path, readme):
     lines = ["# The sweep", "", NOTES, ""]
     for name in sets_run(finished):
         keys = ["lr", "seeds", *SCORES, "entropy", "updates", "tokens", "search"]
-        lines += table(finished, ROWS, keys, [name])
+        lines += table(finished, [*REFERENCES, *ROWS], keys, [name])
     lines += ["## Planned comparisons", "", *comparison_table(comparisons),
               "## Conclusions", "", *said,
               "## Equal updates", "",
@@ -462,7 +468,7 @@ def write_sweep(path, readme):
     Path(folder, "sweep.md").write_text("\n".join(lines), "utf-8")
     to = os.path.relpath(folder, os.path.dirname(os.path.abspath(readme)))
     replace_results(readme, [
-        *table(finished, PLANNED_ROWS, ["lr", *METRICS]),
+        *table(finished, [*REFERENCES, *PLANNED_ROWS], ["lr", *METRICS]),
         f"![Test accuracy, %, of every row]({to}/sweep.png)", "",
         SHORT_RULE, "", *short_table(comparisons),
         f"[Learning curves]({to}/curves.png), [all tables]({to}/sweep.md)."])

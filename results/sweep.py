@@ -13,9 +13,10 @@ choose    every learning rate of RATES with the seeds of CHOICE, at the set's bu
 final     fresh seeds at that rate and budget. val is watched on the way, test is scored once.
 updates   of a few rows: the same with equal numbers of updates instead of equal tokens.
 
-Planned comparisons come first, so that a sweep that was stopped holds whole rows. A finished run is
-a line of results/sweep.jsonl and is not run again; files of several machines are merged by
-concatenation. What a run prints is in OUT/SET-ROW-STAGE-RATE-SEED.txt.
+Before all of these the student as it is and its teacher are scored on test (reference). Planned
+comparisons come next, so that a sweep that was stopped holds whole rows. A finished run is a line
+of results/sweep.jsonl and is not run again; files of several machines are merged by concatenation.
+What a run prints is in OUT/SET-ROW-STAGE-RATE-SEED.txt.
 """
 import itertools
 import multiprocessing
@@ -32,12 +33,13 @@ import numpy as np
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
 sys.path.insert(0, ROOT)
-from tree import (append_jsonl, arguments, at_least, continue_jsonl, get_field,  # noqa: E402
-                  lock, read_jsonl, run_command)
+from tree import (InputError, append_jsonl, arguments, at_least, continue_jsonl,  # noqa: E402
+                  get_field, lock, read_jsonl, run_command)
 
 # ---- What is run ---------------------------------------------------------------------------------
 STUDENT = "data/arithmetic/student"
 TEACHER = "data/arithmetic/teacher"
+REFERENCES = {"untrained": STUDENT, "teacher": TEACHER}  # models that are scored as they are
 REINFORCE_KL = f"--group question --reward teacher --teacher {TEACHER}"
 ROWS = {  # the flags of train.py; in the order in which they are run
     "grpo": "--group question --baseline grpo",
@@ -132,7 +134,7 @@ def plan(finished, args):
     planned = [row for row in PLANNED_ROWS if row in args.rows]
     updates = [row for row in UPDATES_ROWS if row in args.rows]
     others = [row for row in ROWS if row in args.rows and row not in PLANNED_ROWS]
-    jobs = []
+    jobs = [Job(name, row, "reference", 0.0, 0) for row in REFERENCES for name in args.sets]
     for stage, rows in [("choose", planned), ("final", planned), ("updates", updates),
                         ("choose", others), ("final", others)]:
         for row, name in itertools.product(rows, args.sets):
@@ -149,6 +151,8 @@ def plan(finished, args):
 
 def train_flags(job, finished, args):
     """The flags of train.py for one run, as text."""
+    if job.stage == "reference":
+        return ""
     problems = SETS[job.set]
     length = f"--max_tokens {args.tokens or problems.tokens}"
     if job.stage == "updates":
@@ -158,7 +162,8 @@ def train_flags(job, finished, args):
         # no one knows the number of updates beforehand; the run that chose the rate had about it
         updates = finished[job._replace(stage="choose", seed=CHOICE[0])]["updates"]
         every = -(-updates // EVALUATIONS)
-    return (f"{ROWS[job.row].format(out=args.out, set=job.set)} --lr {job.lr:g} --seed {job.seed} "
+    folder = os.path.relpath(args.out, ROOT)
+    return (f"{ROWS[job.row].format(out=folder, set=job.set)} --lr {job.lr:g} --seed {job.seed} "
             f"--trees {problems.files}trees.jsonl {length} "
             f"--eval_data {problems.files}val.jsonl --eval_every {every}")
 
@@ -190,22 +195,28 @@ def prepare_teacher(job, out):
 
 
 def run(job, flags, args):
-    """Train and score one job, from wherever it stands. What is printed goes to a file."""
+    """Train and score one job, from wherever it stands. What is printed goes to a file.
+
+    flags   of train.py; none where a model is scored as it is
+    """
     folder = f"{args.out}/{job.name()}"
     said = os.open(f"{folder}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(said, 1)
     os.dup2(said, 2)
     if job.row == "mcts_reinforce":
         prepare_teacher(job, args.out)
-    # --resume starts anew where there is no checkpoint yet
-    run_script("train.py", *flags.split(), "--out", folder, "--resume")
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # train.py has caught it
+    policy = ["--model", STUDENT, "--adapter", folder]
+    if job.stage == "reference":
+        policy = ["--model", REFERENCES[job.row]]
+    else:  # --resume starts anew where there is no checkpoint yet
+        run_script("train.py", *flags.split(), "--out", folder, "--resume")
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # train.py has caught it
     scored = ["--data", f"{SETS[job.set].files}test.jsonl", "--samples", TEST_SAMPLES,
               "--limit", args.test_limit]
     if job.stage == "choose":
         scored = ["--data", f"{SETS[job.set].files}val.jsonl", "--samples", VAL_SAMPLES]
-    run_script("evaluate.py", "--model", STUDENT, "--adapter", folder, *scored,
-               "--max_new_tokens", NEW_TOKENS, "--out", f"{folder}/scores.jsonl")
+    run_script("evaluate.py", *policy, *scored, "--max_new_tokens", NEW_TOKENS,
+               "--out", f"{folder}/scores.jsonl")
 
 
 # ---- Its line in the log -------------------------------------------------------------------------
@@ -228,9 +239,12 @@ def scores(rows):
 
 
 def summarise(folder):
-    """A finished run as one object: its scores, its cost, its curve on val, means of its log."""
+    """A finished run as one object: its scores and, where it was trained, its cost, its curve on
+    val, means of its log."""
     def read(name):
         return list(read_jsonl(f"{folder}/{name}.jsonl", lambda row, number: row))
+    if not os.path.exists(f"{folder}/log.jsonl"):
+        return dict(scores=scores(read("scores")))
     log = read("log")
     steps = [row for row in log if "loss" in row]
     tokens = {0: 0} | {row["step"]: row["tokens"] for row in steps}
@@ -246,8 +260,8 @@ def summarise(folder):
 # ---- All runs ------------------------------------------------------------------------------------
 def parse_line(row, number):
     """A line of the log: (Job, the line)."""
-    fields = Job.__annotations__ | {"scores": dict}
-    *job, _ = [get_field(row, name, kind, "that of a run") for name, kind in fields.items()]
+    fields = Job.__annotations__ | {"flags": str, "test_limit": int, "scores": dict}
+    *job, _, _, _ = [get_field(row, name, kind, "that of a run") for name, kind in fields.items()]
     return Job(*job), row
 
 
@@ -256,10 +270,23 @@ def first_lines(lines):
     return dict(reversed(list(lines)))
 
 
+def check_settings(finished, args):
+    """InputError where a finished run is not the one that this command would make, such as a trial
+    of fewer tokens."""
+    for job in set(plan(finished, args)) & finished.keys():
+        line = finished[job]
+        flags = train_flags(job, finished, args)
+        if (line["flags"], line["test_limit"]) != (flags, args.test_limit):
+            raise InputError(f"{args.log} has {job.name()} with the flags {line['flags']} and "
+                             f"{line['test_limit']} test problems, not {flags} and "
+                             f"{args.test_limit}. Expected the same, or another --log")
+
+
 def sweep(args, deadline):
     """Run what the log does not hold yet, and append each line as it comes. A run that fails stops
     no other. Returns how many failed or were stopped."""
     finished = first_lines(continue_jsonl(args.log, parse_line))
+    check_settings(finished, args)
     fork = multiprocessing.get_context("fork")  # torch need not be imported again in every run
     running = {}                                # process -> (Job, its flags)
     failed = set()
@@ -285,7 +312,8 @@ def sweep(args, deadline):
                     failed.add(job)
                     print(f"a run failed: see {folder}.txt", flush=True)
                     continue
-                finished[job] = job._asdict() | dict(flags=flags) | summarise(folder)
+                settings = dict(flags=flags, test_limit=args.test_limit)
+                finished[job] = job._asdict() | settings | summarise(folder)
                 append_jsonl(args.log, finished[job])
                 print(f"{job.name()}: {finished[job]['scores']}, {len(todo)} more can start",
                       flush=True)
@@ -314,6 +342,9 @@ def parse_args(argv=None):
     add("--out", default=os.path.join(ROOT, "out", "sweep"), help="folder of the run folders")
     add("--log", default=os.path.join(HERE, "sweep.jsonl"), help="a line a finished run")
     args = parser.parse_args(argv)
+    if args.first_seed <= max(CHOICE) and args.first_seed + args.seeds > min(CHOICE):
+        raise InputError(f"the seeds {CHOICE} choose the rates. Expected final runs with others: "
+                         "another --first_seed")
     args.out, args.log = map(os.path.abspath, [args.out, args.log])
     return args
 

@@ -136,9 +136,45 @@ def test_scores_of_other_problems_are_refused(out, monkeypatch, capsys):
     assert "on [8, 40] problems" in capsys.readouterr().err
 
 
+def test_runs_at_two_rates_are_refused(out):
+    """As they are left where the choice was made again."""
+    run_folder(out, "final_grpo_0.001_0", marks(8, 0.1), STEPS)
+    with pytest.raises(InputError, match="grpo has final runs at the rates"):
+        gsm8k.table(gsm8k.collect(str(out)))
+
+
+def test_an_arms_name_may_have_an_underscore(out):
+    run_folder(out, "choose_optimal_tree_1e-4_100", marks(9, 0.9), STEPS)
+    lines = gsm8k.collect(str(out), "choose_optimal_*")
+    assert [line["arm"] for line in lines].count("optimal_tree") == 1
+
+
 # ---- The script ----------------------------------------------------------------------------------
-def script(tmp_path, steps, *parts):
-    """Start it with the embedded student, on problems written as GSM8K is: a process."""
+@pytest.fixture
+def script(tmp_path):
+    """script(steps, *parts) starts it: a process, which ends with the test."""
+    started = []
+
+    def start(steps, *parts):
+        started.append(start_script(tmp_path, steps, *parts))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.terminate()  # its training is told, too
+        process.communicate()
+
+
+def wait_until(ready, process):
+    """For a process that is at work."""
+    deadline = time.monotonic() + 120
+    while not ready():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.1)
+
+
+def start_script(tmp_path, steps, *parts):
+    """With the embedded student, on problems written as GSM8K is."""
     source = tmp_path / "source"
     if not source.exists():
         source.mkdir()
@@ -155,15 +191,12 @@ def script(tmp_path, steps, *parts):
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def test_the_script_goes_on_where_it_was_stopped(tmp_path):
+def test_the_script_goes_on_where_it_was_stopped(tmp_path, script):
     """It stops the training at work, which saves first. The held-out problems are no training
     problems; and what is done is not done again."""
-    first = script(tmp_path, 100_000, "data", "student")
+    first = script(100_000, "data", "student")
     run = tmp_path / "run"
-    deadline = time.monotonic() + 120
-    while not (run / "student/checkpoint").exists():
-        assert time.monotonic() < deadline and first.poll() is None
-        time.sleep(0.1)
+    wait_until((run / "student/checkpoint").exists, first)
     first.terminate()
     first.communicate()
     assert first.returncode == 143
@@ -175,14 +208,16 @@ def test_the_script_goes_on_where_it_was_stopped(tmp_path):
     assert ids["fit"] == ids["fit_traces"] == ["train-1", "train-2", "train-3"]
     assert len(ids["val"]) == 300 and not set(ids["val"]) & set(ids["fit"])
 
-    second = script(tmp_path, 100_000, "trees")  # nothing is built on half of a student
+    other = script(50, "data")  # what was made with other settings is not taken for done
+    assert "expected the same, or another OUT" in other.communicate()[1]
+    assert other.returncode == 2
+
+    second = script(100_000, "trees")  # nothing is built on half of a student
     assert "trees needs student, which is not done" in second.communicate()[1]
     assert second.returncode == 2
 
-    third = script(tmp_path, 100_000, "data", "student")
-    while (run / "student/log.jsonl").read_text().count("\n") <= steps:
-        assert time.monotonic() < deadline and third.poll() is None
-        time.sleep(0.1)
+    third = script(100_000, "data", "student")
+    wait_until(lambda: (run / "student/log.jsonl").read_text().count("\n") > steps, third)
     third.terminate()
     assert "data is done" in third.communicate()[0]
     numbers = [json.loads(line)["step"] for line in (run / "student/log.jsonl").open()]
@@ -191,7 +226,7 @@ def test_the_script_goes_on_where_it_was_stopped(tmp_path):
         "data", "student", "student"]
 
 
-def test_an_unknown_part_is_one_sentence(tmp_path):
-    ended = script(tmp_path, 1, "data", "trian")
+def test_an_unknown_part_is_one_sentence(tmp_path, script):
+    ended = script(1, "data", "trian")
     assert "there is no part trian" in ended.communicate()[1] and ended.returncode == 2
     assert not (tmp_path / "run").exists()

@@ -20,7 +20,7 @@ def line_of(job, greedy, sampled=0.3):
     scores = {"greedy": greedy, "mean@2": sampled, "mean@16": sampled, "pass@16": 0.9}
     return job._asdict() | dict(scores=scores, updates=48, tokens=30_000, seconds=9.0, entropy=0.1,
                                 means=dict.fromkeys(sweep.MEANS, 0.5), flags="",
-                                val=[(0, 0.3), (30_000, greedy)])
+                                test_limit=200, val=[(0, 0.3), (30_000, greedy)])
 
 
 def chosen(name, row, best, rates=None):
@@ -83,9 +83,12 @@ def test_rate_counts_with_both_seeds_only():
 
 # ---- The order of runs ---------------------------------------------------------------------------
 def test_plan_begins_with_choices_row_by_row():
-    """With an empty log nothing but the choice of rates can start."""
+    """With an empty log nothing but the choice of rates can start, once the references have."""
     args = sweep.parse_args([])
     jobs = sweep.plan({}, args)
+    assert jobs[:4] == [Job(name, row, "reference", 0.0, 0) for row in ("untrained", "teacher")
+                        for name in SETS]
+    jobs = jobs[4:]
     assert len(jobs) == len(set(jobs)) == len(ROWS) * len(SETS) * len(RATES) * len(CHOICE)
     assert jobs[:2] == [Job("easy", "grpo", "choose", 2e-4, seed) for seed in CHOICE]
     assert [job.row for job in jobs[::12]] == list(ROWS)
@@ -99,7 +102,7 @@ def test_plan_of_stages():
     finished = chosen("hard", "grpo", 5e-4) | chosen("hard", "optimal", 5e-4)
     finished |= chosen("hard", "opo", 5e-4)
     stages = [(job.row, job.stage, job.lr, job.seed) for job in sweep.plan(finished, args)
-              if job.stage != "choose" or job.lr == 2e-4]
+              if job.stage in ("final", "updates") or job.lr == 2e-4]
     assert stages == [
         *(("grpo", "choose", 2e-4, seed) for seed in CHOICE),
         *(("optimal", "choose", 2e-4, seed) for seed in CHOICE),
@@ -113,7 +116,7 @@ def test_plan_of_stages():
 
 def test_flags_of_each_stage():
     """val alone while a rate is chosen; updates instead of tokens in their stage; never test."""
-    args = sweep.parse_args(["--out", "/runs"])
+    args = sweep.parse_args(["--out", os.path.join(sweep.ROOT, "runs")])
     finished = chosen("hard", "grpo", 5e-4)
     job = Job("hard", "grpo", "choose", 5e-4, 100)
     said = sweep.train_flags(job, finished, args)
@@ -124,9 +127,28 @@ def test_flags_of_each_stage():
     said = sweep.train_flags(job._replace(stage="updates", seed=0), finished, args)
     assert "--steps 100" in said and "--max_tokens" not in said
     said = sweep.train_flags(job._replace(row="mcts_reinforce"), finished, args)
-    assert "--teacher_adapter /runs/hard-teacher" in said
+    assert "--teacher_adapter runs/hard-teacher" in said
     assert not any("test" in sweep.train_flags(job._replace(row=row), finished, args)
                    for row in ROWS)
+
+
+def test_a_trial_is_not_taken_for_a_run():
+    """A finished line of fewer tokens or test problems is refused, not counted."""
+    finished = chosen("easy", "grpo", 5e-4)
+    args = sweep.parse_args([])
+    for job, line in finished.items():
+        line["flags"] = sweep.train_flags(job, finished, args)
+    sweep.check_settings(finished, args)
+    for trial in (["--tokens", "500"], ["--test_limit", "10"]):
+        with pytest.raises(InputError, match="another --log"):
+            sweep.check_settings(finished, sweep.parse_args(trial))
+
+
+@pytest.mark.parametrize("first", ["96", "100", "101"])
+def test_seeds_that_choose_do_nothing_else(first):
+    with pytest.raises(InputError, match="another --first_seed"):
+        sweep.parse_args(["--first_seed", first])
+    sweep.parse_args(["--first_seed", "102"])
 
 
 # ---- The log -------------------------------------------------------------------------------------
@@ -218,10 +240,13 @@ def test_family_is_every_planned_test_whether_run_or_not():
 # ---- One command ---------------------------------------------------------------------------------
 @pytest.fixture
 def finished():
-    """A log of five rows on both sets."""
+    """A log of five rows on both sets, and what the student was before."""
     draw = np.random.default_rng(0)
     lines = {}
     for name in SETS:
+        job = Job(name, "untrained", "reference", 0.0, 0)
+        scores = {"greedy": 0.281, "mean@16": 0.25, "pass@16": 0.5}
+        lines[job] = job._asdict() | dict(flags="", test_limit=200, scores=scores)
         for row in ["grpo", "expectation", "optimal", "gkd", "mc"]:
             lines |= final(name, row, draw.uniform(0.7, 0.9, 5))
         for seed in range(5):
@@ -240,6 +265,7 @@ def test_report(finished, tmp_path):
     plot.write_sweep(path, str(readme))
     text = readme.read_text()
     assert text.startswith(f"before\n{plot.BEGIN}\n| row |") and text.endswith("\nafter\n")
+    assert "| untrained | – | 28.1 | 25.0 | – | 28.1 | 25.0 |" in text
     assert "\nold" not in text and text.count(" minus ") == 3  # planned pairs that were run
     assert "24 of the 36 planned tests have not been run" in text
     report = (tmp_path / "sweep.md").read_text()
