@@ -315,7 +315,7 @@ def advantages(method, node, parent, rewards, **fields):
     if method not in ESTIMATORS:
         raise ValueError(f"method is {method!r}, expected one of {', '.join(ESTIMATORS)}")
     g = Group(node, parent, rewards, **fields)
-    if method in COMPARING and np.ptp(g.rewards) == 0:
+    if method in COMPARING and np.ptp(g.rewards) < 1e-9:
         return np.zeros(len(g.rewards)), method
     try:
         a = np.array(ESTIMATORS[method](g), float)  # a copy, since it may be g.rewards itself
@@ -349,7 +349,7 @@ def metrics(a, group):
     triplets, too; adv_var_scaled, over the squared mean |a|, is free of the estimator's scale."""
     c = order_constraints(group.node, group.parent, group.solved)
     row = dict(reward=float(group.rewards.mean()), solved=float(group.solved.mean()),
-               dead=float(np.ptp(group.rewards) == 0), dropped=len(c.dropped),
+               dead=float(np.ptp(group.rewards) < 1e-9), dropped=len(c.dropped),
                sat=satisfaction(a, c.rows), sat_pair=satisfaction(a, c.pair),
                sat_triplet=satisfaction(a, c.triplet),
                sat_all=satisfaction(a, np.concatenate([c.rows, c.dropped])))

@@ -22,7 +22,7 @@ import warnings
 from collections import deque
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from functools import cache, lru_cache, partial
+from functools import cache, partial
 from itertools import chain, islice
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
@@ -142,8 +142,6 @@ def load(model, adapter=None, device="cpu", dtype="auto", trainable=False):
     Raises InputError where there is no such model, or one that could not be sampled rightly.
     """
     device = torch.device(device)
-    if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)  # graphs are recorded on the current one
     policy = load_weights(AutoModelForCausalLM, model, dtype, device)
     tokenizer = load_tokenizer(model, adapter)
     if len(tokenizer) > policy.get_input_embeddings().num_embeddings:
@@ -591,22 +589,23 @@ def with_less_memory(work, size):
         try:
             return work(size), size
         except RuntimeError as error:
-            if not is_out_of_memory(error) or (size == 1 and not KEPT):
+            if not is_out_of_memory(error) or size == 1:
                 raise
-        # outside of `except`, where the traceback holds the memory of what failed
-        if KEPT:  # Steps for a later Decoder
-            KEPT.clear()
-            recorder.cache_clear()
-            torch.cuda.empty_cache()
-        else:
-            size = size // 2
-            print(f"out of memory; going on with {size} at a time, the same results", flush=True)
+        size = size // 2  # outside of `except`, where the traceback holds what failed
+        forget_steps()
+        print(f"out of memory; going on with {size} at a time, the same results", flush=True)
 
 
 def is_out_of_memory(error):
     """Whether this error is that of CUDA's allocator or of the CPU's."""
     said = ("t allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in said)
+    return any(text in str(error) for text in said)
+
+
+def forget_steps():
+    """Give back the memory of what decoding keeps for later."""
+    KEPT.clear()
+    recorder.cache_clear()
 
 
 def peak_memory():
@@ -728,11 +727,10 @@ def next_logits(model, cache, last, position):
                  past_key_values=cache, use_cache=True).logits[:, -1]
 
 
-@lru_cache(maxsize=4)
-def tokens_with_newline(tokenizer):
-    """The ids of these tokens: a blank line can only be complete where one was sampled."""
-    texts = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
-    return {token for token, text in enumerate(texts) if "\n" in text}
+@cache
+def has_newline(tokenizer, token):
+    """A blank line can only be complete where such a token was sampled."""
+    return "\n" in tokenizer.decode([token])
 
 
 @dataclass
@@ -803,11 +801,6 @@ class Step:
         self.graph.replay()
         return self.outputs
 
-    def rewind(self, used):
-        """Let the next token go into this column."""
-        for layer in self.layers:
-            layer.cumulative_length.fill_(used)
-
     def record(self, model, used, inputs):
         """Record the kernels of one step as a CUDA graph, after the warm-up that this requires."""
         self.inputs = [value.clone() for value in inputs]
@@ -818,7 +811,8 @@ class Step:
             with torch.cuda.stream(stream):  # whatever fails within, the current stream comes back
                 for _ in range(2):
                     self.run(model, *self.inputs)
-                    self.rewind(used)
+                    for layer in self.layers:
+                        layer.cumulative_length.fill_(used)
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph, pool=keeper.pool(), stream=stream,
                                       capture_error_mode="thread_local"):
@@ -863,12 +857,10 @@ class Decoder:
         self.slots = slots
         self.static = model.device.type == "cuda" if COMPILE is None else COMPILE
         self.ends = set(eos_ids(model, tokenizer))
-        self.newlines = tokens_with_newline(tokenizer)
         self.waiting = deque()
         self.rows = []       # a Completion, or None where one has ended
         self.now = None      # the Step for these rows
         self.used = 0        # columns of its cache
-        self.torn = False    # whether `advance` has begun and not come to its end
         self.kept = {}       # (rows, columns) -> Step, where they are static
         if self.static:
             self.kept = KEPT.pop(model, {})
@@ -892,27 +884,50 @@ class Decoder:
     def step(self):
         """Sample one token in every row. Returns the completions that ended with it.
 
-        Where memory runs out, all that was under way is begun anew in half as many slots.
+        Where memory runs out all that was under way is begun anew in half as many slots. Where a
+        step cannot be compiled it is recorded, and where that fails it is plain. The same will be
+        sampled again.
         """
-        # inference_mode is less work, but compiled code may not write to its tensors
-        no_gradient = torch.no_grad if self.static else torch.inference_mode
+        global COMPILE
         if not (self.waiting or any(self.rows)):
             return []
-        with no_gradient():
-            ended, self.slots = with_less_memory(self.advance, self.slots)
-        return ended
+        # inference_mode is less work, but compiled code may not write to its tensors
+        no_gradient = torch.no_grad if self.static else torch.inference_mode
+        try:
+            with no_gradient():
+                return self.advance()
+        except Exception as error:
+            if is_out_of_memory(error) and self.slots > 1:
+                self.slots //= 2
+                print(f"out of memory; going on with {self.slots} at a time, the same results",
+                      flush=True)
+            elif self.static and not isinstance(error, InputError):
+                print(f"decoding is not {'compiled' if COMPILE else 'recorded'}: "
+                      f"{type(error).__name__}, {shorten(str(error))}", flush=True)
+                COMPILE = None if COMPILE and self.model.device.type == "cuda" else False
+                self.static = COMPILE is None
+            else:
+                raise
+        self.begin_anew()  # outside of `except`, where the traceback holds what failed
+        return []
 
-    def advance(self, slots):
-        """One step with at most so many rows."""
-        if self.torn or slots < self.slots:
-            self.begin_anew()
-        self.torn = True
+    def begin_anew(self):
+        """Forget what has been sampled, and all keys and values."""
+        for row in filter(None, self.rows[::-1]):
+            self.waiting.appendleft(replace(row, ids=[], logps=[]))
+        self.rows = []
+        self.now = None
+        self.kept = {}
+        forget_steps()
+
+    def advance(self):
+        """`step`, as long as nothing goes wrong."""
         live = [k for k, row in enumerate(self.rows) if row]
-        count = min(len(self.waiting), slots - len(live))
+        count = min(len(self.waiting), self.slots - len(live))
         if 8 * count < len(live):
             count = 0  # an eighth at a time: to begin one takes as long as to begin many
         new = list(islice(self.waiting, count))
-        rows = self.row_count(len(live) + len(new), slots)
+        rows = self.row_count(len(live) + len(new))
         longest = max((len(row.prompt) for row in new), default=0)
         full = self.now and self.used == self.now.columns
         too_small = full or longest > self.used + 1 or rows > len(self.rows)
@@ -924,7 +939,7 @@ class Decoder:
         if new and self.room:
             self.busy = self.work / self.room
         self.work += len(live) + len(new)
-        self.room += slots
+        self.room += self.slots
         tokens, logps = self.sample()
         self.used += 1
         ended = []
@@ -935,22 +950,13 @@ class Decoder:
                 if self.has_ended(row):
                     ended.append(row)
                     self.rows[k] = None
-        self.torn = False
         return ended
 
-    def begin_anew(self):
-        """Forget what has been sampled, and the keys and values. The same will be sampled again."""
-        for row in filter(None, self.rows[::-1]):
-            self.waiting.appendleft(replace(row, ids=[], logps=[]))
-        self.rows = []
-        self.now = None
-        self.kept = {}
-
-    def row_count(self, completions, slots):
-        """How many rows to decode so many completions in."""
+    def row_count(self, completions):
+        """How many rows to decode so many completions in. Few numbers where each is recorded."""
         if not self.static:
             return completions
-        rows = slots
+        rows = 1 << (self.slots - 1).bit_length()
         while rows >= 4 * completions:
             rows //= 4
         return rows
@@ -999,54 +1005,28 @@ class Decoder:
 
     def sample(self):
         """The next id of each row, and its log-prob: two lists."""
-        last = []
-        position = []
-        temperature = []
-        uniform = []
+        inputs = []
         for row in self.rows:
             if row:
-                last.append(row.ids[-1] if row.ids else row.prompt[-1])
-                position.append(len(row.prompt) + len(row.ids) - 1)
-                temperature.append(row.temperature)
-                uniform.append(row.uniform[len(row.ids)])
-            else:  # an empty row, whose token is ignored
-                for values in (last, position, temperature, uniform):
-                    values.append(0)
-        tensor = partial(torch.tensor, device=self.model.device)
-        draws = None  # all are greedy
-        if self.static or any(temperature):
-            draws = tensor(uniform, dtype=torch.float64)
-        inputs = [tensor(last), tensor(position), tensor(temperature, dtype=torch.float32), draws]
-        while True:
-            try:
-                tokens, logps = self.now(self.model, self.used, inputs)
-                return tokens.tolist(), logps.tolist()
-            except Exception as error:
-                if not self.static or is_out_of_memory(error):
-                    raise
-                failure = f"{type(error).__name__}, {shorten(str(error))}"
-            # outside of `except`, where the traceback holds the memory of what failed
-            self.simplify(failure)
-
-    def simplify(self, failure):
-        """Go on without what has failed: compiled, then recorded, then plain."""
-        global COMPILE
-        compiled = self.now.next_logits is not next_logits
-        print(f"decoding is not {'compiled' if compiled else 'recorded'}: {failure}", flush=True)
-        COMPILE = None if compiled and self.now.recorded else False
-        KEPT.clear()
-        self.static = COMPILE is None
-        self.kept = {}
-        self.now.recorded = self.static
-        self.now.next_logits = next_logits
-        self.now.rewind(self.used)
+                last = row.ids[-1] if row.ids else row.prompt[-1]
+                position = len(row.prompt) + len(row.ids) - 1
+                inputs.append((last, position, row.temperature, row.uniform[len(row.ids)]))
+            else:
+                inputs.append((0, 0, 0, 0))  # an empty row, whose token is ignored
+        inputs = torch.tensor(inputs, dtype=torch.float64, device=self.model.device)
+        last, position, temperature, uniform = inputs.unbind(1)
+        if not (self.static or temperature.any()):
+            uniform = None  # all are greedy
+        tokens, logps = self.now(self.model, self.used, [
+            last.long(), position.long(), temperature.float(), uniform])
+        return tokens.tolist(), logps.tolist()
 
     def has_ended(self, row):
         """Whether this completion is done. InputError where its log-probs are not finite."""
         if not math.isfinite(row.logps[-1]):
             raise InputError("the log-probs of a completion are not finite numbers. Expected a "
                              "model that has not diverged; a lower learning rate may help.")
-        if row.stop_at_blank and row.ids[-1] in self.newlines:
+        if row.stop_at_blank and has_newline(self.tokenizer, row.ids[-1]):
             text = self.tokenizer.decode(row.ids)
             if BLANK_LINE.search(text.lstrip()):
                 return True

@@ -19,7 +19,6 @@ import math
 from collections import deque
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import count, islice
 from typing import Iterator, NamedTuple
 
 import torch.distributed as dist
@@ -60,13 +59,6 @@ class Reply(NamedTuple):
     ended: bool              # the model ended its solution within the limit of tokens
 
 
-def path_to(nodes, node):
-    """Node numbers from the root to `node`, both included."""
-    if node == 0:
-        return [0]
-    return [*path_to(nodes, nodes[node].parent), node]
-
-
 def uct(child, parent, c):
     """The child's mean reward, and a bonus for few visits (Kocsis and Szepesvari 2006). Searches by
     another rule want another --out."""
@@ -74,8 +66,7 @@ def uct(child, parent, c):
 
 
 def select(nodes, c, rng):
-    """The node to work on next: not visited, or not expanded, or an end without next steps. An end
-    may be selected again: its reward is backed up once more, as UCT has it."""
+    """The node to work on next: not visited, or not expanded, or an end without next steps."""
     node = 0
     while nodes[node].expanded and nodes[node].children:
         children = nodes[node].children
@@ -108,8 +99,9 @@ def expand(nodes, node, grade, encode_step, branch):
     for text, ended in replies:
         step, *more = BLANK_LINE.split(text.strip(), maxsplit=1)
         whole = ended or BLANK_LINE.search(text.lstrip())  # else the limit cut it
+        is_last = ended and not more
         if step and whole:
-            k = add_child(nodes, node, step.strip(), ended and not more, encode_step)
+            k = add_child(nodes, node, step.strip(), is_last, encode_step)
             if nodes[k].terminal and nodes[k].reward is None:
                 nodes[k].reward = float(grade(nodes[k].text))
     nodes[node].expanded = True
@@ -135,10 +127,11 @@ def simulate(nodes, node, grade, encode_step, max_depth):
 
 
 def back_up(nodes, node, reward):
-    """Add the rollout to every node of its path."""
-    for k in path_to(nodes, node):
-        nodes[k].visits += 1
-        nodes[k].value += reward
+    """Add the rollout to every node from this one up to the question."""
+    while node >= 0:
+        nodes[node].visits += 1
+        nodes[node].value += reward
+        node = nodes[node].parent
 
 
 def search(prompt_ids, encode_step, grade, rng, args):
@@ -150,8 +143,8 @@ def search(prompt_ids, encode_step, grade, rng, args):
     for _ in range(args.rollouts):
         node = select(nodes, args.c_uct, rng)
         at = nodes[node]
-        met_before = at.visits > 0 or node == 0
-        if met_before and not (at.expanded or at.terminal or at.depth == args.max_depth):
+        is_whole = at.expanded or at.terminal or at.depth == args.max_depth
+        if not is_whole and (at.visits > 0 or node == 0):
             new = yield from expand(nodes, node, grade, encode_step, args.branch)
             if new:
                 node = int(rng.choice(new))
@@ -168,7 +161,7 @@ class Active:
     problem: dict
     searching: Iterator
     request: Request         # what it waits for
-    seeds: Iterator          # of its completions
+    sampled: int = 0         # completions asked for so far, each with a seed of its own
     replies: dict = field(default_factory=dict)  # that have come, by their numbers
     rollouts: int = 0
 
@@ -182,14 +175,15 @@ def begin(problem, tokenizer, encode, args):
     grade = partial(is_solved, problem=problem)
     selection = tree.rng(args.seed, problem["id"], "selection")
     searching = search(prompt_ids, encode_step, grade, selection, args)
-    seeds = ((args.seed, problem["id"], number) for number in count())
-    return Active(problem, searching, next(searching), seeds)
+    return Active(problem, searching, next(searching))
 
 
 def ask(decoder, one, args):
     """Have a search's request sampled."""
     one.replies = {}
-    for k, seed in enumerate(islice(one.seeds, one.request.count)):
+    for k in range(one.request.count):
+        seed = (args.seed, one.problem["id"], one.sampled)
+        one.sampled += 1
         decoder.add(evaluate.Completion((one, k), one.request.prefix_ids, args.max_new_tokens,
                                         args.temperature, seed, one.request.stop_at_blank))
 

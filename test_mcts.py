@@ -40,7 +40,11 @@ ANSWERS = [(RIGHT,), (WRONG,)]
 
 # ---- The search with a fake policy ---------------------------------------------------------------
 def steps_to(nodes, k):
-    return tuple(nodes[number].step for number in mcts.path_to(nodes, k)[1:])
+    steps = []
+    while k > 0:
+        steps.append(nodes[k].step)
+        k = nodes[k].parent
+    return tuple(steps[::-1])
 
 
 def columns(nodes, *names):

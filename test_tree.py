@@ -166,25 +166,6 @@ def test_solutions_to_learn_from(tmp_path):
         tree.read_solutions(write(tmp_path, search(node(-1), node(0, "c", reward=0))))
 
 
-def test_completions_of_any_sampler_become_trees(tmp_path):
-    """Split at blank lines however they are spelt, graded as training grades. A truncated
-    completion is a wrong one, and one without text is a rollout that failed at the question."""
-    texts = ["a\n\nb\n\nThe answer is 4.", "a\r\n \t\r\nc\n\n\n\n#### 5", "a\n\n4",
-             "", "\\boxed{4}"]
-    sampled = {"question": "How many?", "answer": "1+3=4\n#### 4", "level": 2, "completions": texts}
-    scored = {**sampled, "id": "mine", "steps": 3, "correct": [True] * 5, "tokens": [9] * 5,
-              "truncated": [True, False, False, False, False], "settings": {"seed": 0}}
-    first, second = tree.build(tree.from_completions(write(tmp_path, sampled, scored)))
-    assert prefixes(first) == {(): (5, 2.0), ("a",): (3, 1.0), ("a", "b"): (1, 1.0),
-                               ("a", "c"): (1, 0.0)}
-    assert prefixes(second)[()] == (5, 1.0)
-    assert first.problem["id"] == "rows-1" and first.problem["level"] == 2
-    assert second.problem == {**PROBLEM, "id": "mine", "solution": "1+3=4", "level": 2, "steps": 3}
-    for name, wrong in (("completions", "4"), ("completions", [4]), ("truncated", [])):
-        with pytest.raises(InputError, match="line 1: .*; expected "):
-            tree.from_completions(write(tmp_path, {**sampled, name: wrong}))
-
-
 @pytest.mark.parametrize("field", ["question", "answer"])
 def test_one_id_for_two_problems_is_refused(tmp_path, field):
     """Trees of another question, or graded by another answer, were merged under the old id."""
@@ -515,7 +496,7 @@ def test_bad_input_is_named(tmp_path, reader, line, words):
     assert len(said) < len(path) + 500 and said.isprintable()
 
 
-@pytest.mark.parametrize("reader", [read_trees, read_problems, tree.from_completions])
+@pytest.mark.parametrize("reader", [read_trees, read_problems])
 def test_no_file_no_line_and_nesting(tmp_path, reader):
     """Never an empty data set. Some nesting can be read but not shown again."""
     blank = write(tmp_path, "", " ", name="blank")
@@ -542,16 +523,6 @@ def test_files_keep_every_character_and_outlive_a_failed_write(tmp_path):
     assert read_trees(out) == [t]
     tree.write_trees(out, [t])  # over what the dead run left behind
     assert os.listdir(tmp_path) == ["trees.jsonl"]
-
-
-def test_a_planted_link_is_not_followed(tmp_path):
-    """Somebody's link at the temporary name sent the rows into a file of ours."""
-    victim = write(tmp_path, "mine", name="victim")
-    os.symlink(victim, f"{tmp_path}/out.jsonl.tmp")
-    tree.write_jsonl(f"{tmp_path}/out.jsonl", [{"a": 1}])
-    assert read(victim) == b"mine\n"
-    assert read(f"{tmp_path}/out.jsonl") == b'{"a": 1}\n'
-    assert not os.path.islink(f"{tmp_path}/out.jsonl")
 
 
 def parse_n(row, number):
@@ -639,9 +610,6 @@ def test_the_command_merges_files_and_draws(tmp_path):
     assert prefixes(*read_trees(out)) == {(): (2, 1.0), ("a",): (2, 1.0)}
     assert run(out, "--show", PYTHONIOENCODING="ascii").returncode == 0
     assert run(two, "--out", out).returncode == 0  # trees of an earlier run are written anew
-    sampled = write(tmp_path, {**PROBLEM, "completions": ["x\n\n#### 4"]}, name="sampled.jsonl")
-    assert run("--from_completions", sampled, "--out", out).returncode == 0
-    assert prefixes(*read_trees(out)) == {(): (1, 1.0), ("x",): (1, 1.0)}
     assert "(default: None)" not in run("--help").stdout
 
 
@@ -685,7 +653,7 @@ def test_a_mistake_is_one_sentence_and_status_2(tmp_path):
     good = write(tmp_path, TRACE)
     bad = write(tmp_path, '{"id": "\x1b[31m', name="bad")
     for flags in ([bad], [good, "--id", "other"], ["\x1b[31m\n"], ["--\x1b[31m"], [b"\xff"],
-                  [good, "--i", "p"], ["--id"], [good, "--from_completions"]):
+                  [good, "--i", "p"], ["--id"]):
         failed = run(*flags, RANK="1")
         assert failed.returncode == 2
         assert re.fullmatch(r"tree\.py: [^\n\x1b]+\n", failed.stderr), failed.stderr

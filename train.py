@@ -432,16 +432,13 @@ def make_batch(run, data, args):
         return samples, [], sum(len(s.completion_ids) for s in samples)
     samples = rollout(run, data, args)
     generated = sum(len(s.completion_ids) for s in samples)
-    samples, metrics = compare_groups(samples, data, args)
     if args.critic or args.reward == "teacher":
-        samples = share_credit(samples, run, args)
-    elif args.reward == "none":
+        return share_credit(samples, run, args), [], generated
+    if args.reward == "none":
         for sample in samples:
             sample.advantages = np.zeros(len(sample.completion_ids))
-    if args.critic or args.reward != "task":  # the groups' advantages were not used
-        for group in metrics:
-            for name in set(group) - {"reward", "solved", "dead"}:
-                del group[name]
+        return samples, [], generated
+    samples, metrics = compare_groups(samples, data, args)
     return samples, metrics, generated
 
 
@@ -548,9 +545,9 @@ def optimiser_step(run, samples, args, warm_up=False):
     if args.objective == "sft":
         scale = Scale(1 / tokens)  # cross entropy is a mean over tokens
     mine = run.share(samples)
-    torch.manual_seed(int(rng(args.seed, "dropout", run.step, run.rank).integers(2 ** 63)))
 
     def gradient(micro_tokens):
+        torch.manual_seed(int(rng(args.seed, "dropout", run.step, run.rank).integers(2 ** 63)))
         run.optimizer.zero_grad()
         return accumulate(run.models, mine, scale, args, micro_tokens, warm_up)
 
@@ -633,7 +630,7 @@ def train(args):
         last = run.done(args) >= 1
         if problems and not stop and (last or run.step % args.eval_every == 0):
             log.evaluation(problems)
-            stop = any(gather(bool(signals)))
+            stop = not last and any(gather(bool(signals)))
         if stop or last:
             break
         # 3. roll out, and credit what was sampled
@@ -650,12 +647,13 @@ def train(args):
         run.tokens += generated
         row |= report(run, samples, metrics, gather(stats), args)
         log.step(row, samples, generated)
-        # 6. save
+        # 6. save, at the end before the last evaluation: whatever happens in it, nothing is lost
         due = args.save_every and run.step % args.save_every == 0
-        if rank == 0 and due and run.done(args) < 1:
+        if rank == 0 and (due or run.done(args) >= 1):
             save(run, args)
     if rank == 0:
-        save(run, args)
+        if not last:
+            save(run, args)
         log.end(stop)
     if world > 1:
         dist.destroy_process_group()
@@ -741,7 +739,8 @@ def encode_data(data, encode, tokenizer, student, args):
         kept, dropped = tokenize(data, encode, args.max_prompt)
         sequences = []
         for tree in kept:
-            sequences += [tree.prefix_ids(node) for node in range(len(tree.parent))]
+            prefixes = map(tree.prefix_ids, range(len(tree.parent)))
+            sequences += [tree.ids[0], max(prefixes, key=len)]
         new_tokens = args.max_new_tokens
     if dropped:
         say(f"dropped {dropped} prompts of more than {args.max_prompt} tokens")
@@ -884,14 +883,17 @@ def report(run, samples, metrics, parts, args):
     for name in sorted(set().union(*metrics)):
         row[name] = mean([group.get(name) for group in metrics])
     if metrics:
-        row["sat_sd"] = mean([group.get("sat") for group in metrics], np.std)
+        row["sat_sd"] = mean([group["sat"] for group in metrics], np.std)
+    if args.objective == "tree_opo":
+        row["reward"] = mean([s.reward for s in samples])
+        row["solved"] = mean([s.solved for s in samples])
         row["truncated"] = mean([s.truncated for s in samples])
         for depth in sorted({s.depth for s in samples}):
             row[f"solved_at_{depth}"] = mean([s.solved for s in samples if s.depth == depth])
         row["gap"] = mean(stats["gap"])
         row["gap_max"] = max(stats["gap"], default=math.nan)
-    if metrics and args.behaviour == "student":
-        row["entropy"] = -mean(chain(*[s.sampler_logps for s in samples]))
+        if args.behaviour == "student":
+            row["entropy"] = -mean(chain(*[s.sampler_logps for s in samples]))
     if stats["kl"]:
         row["kl"] = mean(stats["kl"])
     if stats["critic_loss"]:
@@ -901,16 +903,6 @@ def report(run, samples, metrics, parts, args):
         row["ess"] = weights.sum() ** 2 / (weights ** 2).sum() / len(weights)
         row["clipped"] = float(np.mean(weights >= 0.999 * MAX_WEIGHT))
     return row
-
-
-def eval_path(args, step):
-    """Where the scores after so many steps are kept."""
-    return os.path.join(args.out, f"eval-{step}.jsonl")
-
-
-def greedy_accuracy(path):
-    """(accuracy, low, high) of a file of scores, the 95 % interval."""
-    return evaluate.summarise(evaluate.read_scores(path))["greedy"]
 
 
 COLUMNS = dict(loss="+.3f", reward=".2f", dead=".2f", entropy=".2f", truncated=".2f", gap=".0e",
@@ -956,11 +948,10 @@ class Log:
                               2 * self.args.max_new_tokens,
                               encode_prefix=evaluate.encoder(run.tokenizer, self.args))
         rows = tqdm(rows, total=len(mine), leave=False, disable=run.rank > 0, dynamic_ncols=True)
-        shares = gather(list(rows))
+        rows = list(chain(*gather(list(rows))))
         if run.rank == 0:
-            path = eval_path(self.args, run.step)
-            write_jsonl(path, chain(*shares))
-            accuracy, low, high = greedy_accuracy(path)
+            write_jsonl(f"{self.args.out}/eval-{run.step}.jsonl", rows)
+            accuracy, low, high = evaluate.summarise(rows)["greedy"]
             self.write(dict(step=run.step, eval_accuracy=accuracy, eval_low=low, eval_high=high))
             print(f"step {run.step}: greedy accuracy on {len(problems)} held-out problems "
                   f"{evaluate.percent(accuracy, low, high)}", flush=True)
@@ -1024,7 +1015,7 @@ class Log:
             return
         minutes = (time.monotonic() - self.begun) / 60
         print(f"{step} steps done, {minutes:.1f} minutes; the model is in {self.args.out}")
-        paths = [eval_path(self.args, 0), eval_path(self.args, step)]
+        paths = [f"{self.args.out}/eval-{k}.jsonl" for k in (0, step)]
         if all(map(os.path.exists, paths)):
             print("accuracy before and after:", evaluate.compare(*map(evaluate.read_scores, paths)))
 

@@ -8,7 +8,6 @@ Prefix trees: from searches and traces to groups of prefixes, and from a group t
 3. Pack. The samples of a group share most of their tokens: `pack` lays each distinct one down once.
 
     python tree.py out/search.jsonl more_traces.jsonl --out out/trees.jsonl
-    python tree.py --from_completions out/samples.jsonl --out out/trees.jsonl
     python tree.py out/trees.jsonl --show --id train-12       # without a file: the embedded trees
 """
 import argparse
@@ -26,189 +25,10 @@ from zlib import crc32
 
 import numpy as np
 
-from data.grade import extract_answer, is_gradable, is_solved, states_answer
+from data.grade import extract_answer, is_gradable, states_answer
 
 JOIN = "\n\n"  # between steps, and behind each step of a prefix
 BLANK_LINE = re.compile(r"\n[ \t\r]*\n")
-
-
-# ---- Commands ------------------------------------------------------------------------------------
-class InputError(ValueError):
-    """A user's mistake: what was found, where, and what was expected."""
-
-
-def run_command(main):
-    """Run a script's `main`. A mistake of the user is one line on stderr, and status 2."""
-    sys.stdout.reconfigure(errors="replace", line_buffering=True)
-    try:
-        main()
-    except BrokenPipeError:  # python tree.py --show | head
-        os._exit(0)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (InputError, OSError) as error:
-        print(printable(f"{os.path.basename(sys.argv[0])}: {error}"), file=sys.stderr)
-        sys.exit(2)
-
-
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    def _get_help_string(self, action):  # tells every default but None
-        return action.help if action.default is None else super()._get_help_string(action)
-
-
-def arguments(description, epilog=""):
-    """An argparse parser that takes whole names only and raises InputError for a mistake."""
-    def error(message):
-        raise InputError(f"{message}; see --help")
-    parser = argparse.ArgumentParser(description=description, epilog=epilog, allow_abbrev=False,
-                                     formatter_class=HelpFormatter)
-    parser.error = error
-    return parser
-
-
-def at_least(low, kind=int, high=1e15):
-    """A type for argparse: a number of this kind, from `low` to `high`."""
-    def number(text):
-        if not low <= kind(text) <= high:
-            raise argparse.ArgumentTypeError(f"found {text}, expected {low} to {high:g}")
-        return kind(text)
-    return number
-
-
-def printable(text):
-    """Text without what a terminal would obey: escapes, bells, marks that turn its direction."""
-    return "".join(c if c.isprintable() else " " for c in text)
-
-
-def shorten(value, width=60):
-    """A value as an error message shows it: JSON, in one line."""
-    text = json.dumps(value, default=str)
-    return text if len(text) <= width else text[:width - 3] + "..."
-
-
-# ---- JSONL files, one object a line --------------------------------------------------------------
-def get_field(row, name, kind, expected):
-    """row[name] where it is of this type, or one of a tuple of types; else InputError."""
-    value = row.get(name)
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise InputError(f'field "{name}" is {shorten(value)}; expected {expected}')
-    return value
-
-
-def read_jsonl(path, parse, torn=False):
-    """Yield parse(row, line_number) of every line; with `torn`, all but a last one without its end.
-    InputError where there is no line, and for a line that is no object or that `parse` refuses."""
-    parsed = None
-    with open(path, "rb") as lines:  # as bytes, lines end at "\n" alone and not at U+2028
-        for number, line in enumerate(lines, 1):
-            if not line.strip() or (torn and not line.endswith(b"\n")):
-                continue
-            try:
-                row = json.loads(line.decode("utf-8-sig"))
-                # NaN, 1e999 and half a surrogate pair could never be written again
-                json.dumps(row, ensure_ascii=False, allow_nan=False).encode()
-                if not isinstance(row, dict):
-                    raise InputError(f"found {shorten(row)}; expected an object")
-                parsed = parse(row, number)
-            except (ValueError, RecursionError) as error:
-                raise InputError(f"{path}, line {number}: {error}") from None
-            yield parsed
-    if parsed is None:
-        raise InputError(f"{path} has no whole line; expected JSONL, one object a line")
-
-
-def make_folder(path):
-    """Make the folder of an output file. InputError where its name is that of something else."""
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise InputError(f"{path} is no file; expected the name of one to write")
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-
-
-def write_jsonl(path, rows):
-    """Write rows, aside first and then renamed: a killed run leaves no half-written file."""
-    make_folder(path)
-    aside = path + ".tmp"
-    if os.path.lexists(aside):
-        os.remove(aside)
-    with open(aside, "x", encoding="utf-8") as out:  # "x" follows no link
-        out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    os.replace(aside, path)
-
-
-def append_jsonl(path, row):
-    """Append one whole line. Several ranks may append to one file."""
-    import fcntl
-    with open(path, "ab") as out:
-        fcntl.flock(out, fcntl.LOCK_EX)
-        out.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
-
-
-def continue_jsonl(path, parse):
-    """The parsed rows of an output file that will be appended to; [] where there is none.
-
-    `parse` tells whether the file is ours: where it refuses no whole line, a last line that a
-    killed writer left without its end is cut off; else InputError, and nothing is changed.
-    """
-    make_folder(path)
-    if not os.path.exists(path) or os.path.getsize(path) == 0:
-        return []
-    rows = list(read_jsonl(path, parse, torn=True))
-    with open(path, "rb+") as file:
-        file.truncate(file.read().rfind(b"\n") + 1)
-    return rows
-
-
-def lock(path):
-    """Hold PATH.lock until this process ends; keep the returned file. InputError if it is held."""
-    import fcntl
-    path = os.path.realpath(path)  # one lock for out/run and out/run/
-    make_folder(path)
-    file = open(path + ".lock", "a")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise InputError(f"another process writes {path}; expected it to end first") from None
-    return file
-
-
-# ---- Problems ------------------------------------------------------------------------------------
-def parse_problem(row, name=None):
-    """A problem as we, GSM8K, GSM-Symbolic or MATH publish it -> {"id", "question", "answer", ...}.
-    `name` is the id of one without. All other fields pass through."""
-    problem = {"id": row.get("unique_id", name), **row}  # the former in MATH
-    if "question" not in row and "problem" in row:  # MATH
-        problem["question"] = problem.pop("problem")
-    if "answer" not in row and "solution" in row:  # MATH, as some publish it
-        problem["answer"] = extract_answer(str(row["solution"]), strict=True)
-    name = str(get_field(problem, "id", (str, int), "the problem's id"))
-    question = get_field(problem, "question", str, "the text of the problem").strip()
-    problem.setdefault("answer", "")  # a grader of another kind may do without
-    answer = str(get_field(problem, "answer", (str, int, float), "the final answer")).strip()
-    if "####" in answer:  # GSM8K: the worked solution, then #### and the answer
-        solution, _, answer = answer.rpartition("####")
-        answer = answer.strip()
-        problem.setdefault("solution", solution.strip())
-    if "instance" in row and "template" not in row:  # GSM-Symbolic: instances of a template
-        problem["template"] = name
-        name = f"{name}-{row['instance']}"
-    problem |= {"id": name, "question": question, "answer": answer}
-    if not name.strip() or not question or not is_gradable(problem):
-        raise InputError(f"the answer {shorten(answer)} cannot be graded, or the question or the "
-                         "id is blank; expected text, and a number, a formula or words")
-    return problem
-
-
-def read_problems(path, limit=0):
-    """The problems of a JSONL file, or the first `limit`. InputError, also for an id met twice."""
-    met = set()
-
-    def parse(row, number):
-        problem = parse_problem(row, f"{Path(path).stem}-{number}")
-        if problem["id"] in met:
-            raise InputError(f"the id {shorten(problem['id'])} was met before; expected it once")
-        met.add(problem["id"])
-        return problem
-    return list(islice(read_jsonl(path, parse), limit or None))
 
 
 # ---- Trees ---------------------------------------------------------------------------------------
@@ -250,7 +70,7 @@ class Tree:
         return list(chain.from_iterable(self.ids[k] for k in self.path(node)))
 
 
-def rollout(steps, reward):
+def chain_of(steps, reward):
     """A trace as a search of one rollout: nodes in a chain."""
     nodes = [{"parent": k - 1, "step": step, "visits": 1, "value": reward}
              for k, step in enumerate(["", *steps])]
@@ -280,7 +100,7 @@ def parse_row(row, number):
     else:
         own = ("steps", "reward")
         steps = get_field(row, "steps", list, 'the steps of a trace (a search or tree has "nodes")')
-        nodes = rollout(steps, get_field(row, "reward", (int, float), "the reward, 0 to 1"))
+        nodes = chain_of(steps, get_field(row, "reward", (int, float), "the reward, 0 to 1"))
     if not nodes or not all(isinstance(node, dict) for node in nodes):
         raise InputError(f"the nodes are {shorten(nodes)}; expected objects, the question's first")
     problem = parse_problem({name: row[name] for name in row if name not in own})
@@ -299,18 +119,19 @@ def merge(sources):
         for text in ("question", "answer"):
             if problem[text] != tree.problem[text]:
                 raise InputError(f"two {text}s have the id {shorten(name)}; expected one")
-        moved = {-1: -1}  # node of the source -> node of the tree, where it is not left out
+        number_of = {-1: -1}  # node of the source -> node of the tree, where it is not left out
         for k, node in enumerate(nodes):
             is_over = node["visits"] == 0 or node.get("terminal")
             has_answer = states_answer(node["step"])
-            if node["parent"] not in moved or (k > 0 and (is_over or has_answer)):
+            if node["parent"] not in number_of or (k > 0 and (is_over or has_answer)):
                 continue
-            place = (name, moved[node["parent"]], node["step"])
+            parent = number_of[node["parent"]]
+            place = (name, parent, node["step"])
             if place not in places:
-                places[place] = tree.add(moved[node["parent"]], node["step"])
-            moved[k] = places[place]
-            tree.visits[moved[k]] += node["visits"]
-            tree.value[moved[k]] += node["value"]
+                places[place] = tree.add(parent, node["step"])
+            number_of[k] = places[place]
+            tree.visits[places[place]] += node["visits"]
+            tree.value[places[place]] += node["value"]
     return list(trees.values())
 
 
@@ -323,28 +144,6 @@ def read_trees(paths):
     """The same from one JSONL file or a list of them. Raises InputError."""
     paths = [paths] if isinstance(paths, str) else paths
     return merge(chain.from_iterable(read_jsonl(path, parse_row) for path in paths))
-
-
-def from_completions(path):
-    """Any sampler's {"question", "answer", "completions": [...]}, one a line -> rows for `build`,
-    one a completion. Steps end at blank lines; what "truncated" marks, as in evaluate.py's files,
-    is wrong."""
-    own = ("completions", "extracted", "correct", "flexible", "truncated", "tokens", "settings")
-
-    def parse(row, number):
-        texts = get_field(row, "completions", list, "a list of texts")
-        truncated = row.get("truncated", [False] * len(texts))
-        if len(truncated) != len(texts) or not all(isinstance(text, str) for text in texts):
-            raise InputError(f"completions is {shorten(texts)}; expected texts, truncated as long")
-        problem = {name: row[name] for name in row if name not in own}
-        problem = parse_problem(problem, f"{Path(path).stem}-{number}")
-        rows = []
-        for text, is_cut in zip(texts, truncated):
-            steps = [step.strip() for step in BLANK_LINE.split(text) if step.strip()]
-            reward = int(is_solved(text, problem) and not is_cut)
-            rows.append({**problem, "nodes": rollout(steps, reward)})
-        return rows
-    return list(chain.from_iterable(read_jsonl(path, parse)))
 
 
 def read_solutions(path):
@@ -485,6 +284,7 @@ def micro_batches(samples, micro_tokens, row_tokens=0):
     """Split samples into MicroBatches of at most `micro_tokens` tokens, padding included, or of one
     sample. A group shares a row, halved until that has at most `row_tokens` tokens; with 0 each
     sample has its own."""
+    limit = min(micro_tokens, row_tokens)
     groups = defaultdict(list)
     for k, sample in enumerate(samples):
         groups[sample.group if row_tokens else k].append(sample)
@@ -493,7 +293,7 @@ def micro_batches(samples, micro_tokens, row_tokens=0):
     while waiting:
         group = waiting.pop()
         row = pack([s.prefix_ids for s in group], [s.completion_ids for s in group])
-        if len(row.ids) > min(micro_tokens, row_tokens) and len(group) > 1:
+        if len(row.ids) > limit and len(group) > 1:
             half = len(group) // 2
             waiting += [group[half:], group[:half]]
         else:
@@ -504,6 +304,182 @@ def micro_batches(samples, micro_tokens, row_tokens=0):
         groups, rows = zip(*packed[:count])
         yield MicroBatch(list(chain.from_iterable(groups)), list(rows))
         packed = packed[count:]
+
+
+# ---- Problems ------------------------------------------------------------------------------------
+def parse_problem(row, name=None):
+    """A problem as we, GSM8K, GSM-Symbolic or MATH publish it -> {"id", "question", "answer", ...}.
+    `name` is the id of one without. All other fields pass through."""
+    problem = {"id": row.get("unique_id", name), **row}  # the former in MATH
+    if "question" not in row and "problem" in row:  # MATH
+        problem["question"] = problem.pop("problem")
+    if "answer" not in row and "solution" in row:  # MATH, as some publish it
+        problem["answer"] = extract_answer(str(row["solution"]), strict=True)
+    name = str(get_field(problem, "id", (str, int), "the problem's id"))
+    question = get_field(problem, "question", str, "the text of the problem").strip()
+    problem.setdefault("answer", "")  # a grader of another kind may do without
+    answer = str(get_field(problem, "answer", (str, int, float), "the final answer")).strip()
+    if "####" in answer:  # GSM8K: the worked solution, then #### and the answer
+        solution, _, answer = answer.rpartition("####")
+        answer = answer.strip()
+        problem.setdefault("solution", solution.strip())
+    if "instance" in row and "template" not in row:  # GSM-Symbolic: instances of a template
+        problem["template"] = name
+        name = f"{name}-{row['instance']}"
+    problem |= {"id": name, "question": question, "answer": answer}
+    if not name.strip() or not question or not is_gradable(problem):
+        raise InputError(f"the answer {shorten(answer)} cannot be graded, or the question or the "
+                         "id is blank; expected text, and a number, a formula or words")
+    return problem
+
+
+def read_problems(path, limit=0):
+    """The problems of a JSONL file, or the first `limit`. InputError, also for an id met twice."""
+    met = set()
+
+    def parse(row, number):
+        problem = parse_problem(row, f"{Path(path).stem}-{number}")
+        if problem["id"] in met:
+            raise InputError(f"the id {shorten(problem['id'])} was met before; expected it once")
+        met.add(problem["id"])
+        return problem
+    return list(islice(read_jsonl(path, parse), limit or None))
+
+
+# ---- JSONL files, one object a line --------------------------------------------------------------
+def get_field(row, name, kind, expected):
+    """row[name] where it is of this type, or one of a tuple of types; else InputError."""
+    value = row.get(name)
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise InputError(f'field "{name}" is {shorten(value)}; expected {expected}')
+    return value
+
+
+def read_jsonl(path, parse, torn=False):
+    """Yield parse(row, line_number) of every line; with `torn`, all but a last one without its end.
+    InputError where there is no line, and for a line that is no object or that `parse` refuses."""
+    parsed = None
+    with open(path, "rb") as lines:  # as bytes, lines end at "\n" alone and not at U+2028
+        for number, line in enumerate(lines, 1):
+            if not line.strip() or (torn and not line.endswith(b"\n")):
+                continue
+            try:
+                row = json.loads(line.decode("utf-8-sig"))
+                # NaN, 1e999 and half a surrogate pair could never be written again
+                json.dumps(row, ensure_ascii=False, allow_nan=False).encode()
+                if not isinstance(row, dict):
+                    raise InputError(f"found {shorten(row)}; expected an object")
+                parsed = parse(row, number)
+            except (ValueError, RecursionError) as error:
+                raise InputError(f"{path}, line {number}: {error}") from None
+            yield parsed
+    if parsed is None:
+        raise InputError(f"{path} has no whole line; expected JSONL, one object a line")
+
+
+def make_folder(path):
+    """Make the folder of an output file. InputError where its name is that of something else."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise InputError(f"{path} is no file; expected the name of one to write")
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+
+
+def write_jsonl(path, rows):
+    """Write rows, aside first and then renamed: a killed run leaves no half-written file."""
+    make_folder(path)
+    with open(path + ".tmp", "w", encoding="utf-8") as out:
+        out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    os.replace(path + ".tmp", path)
+
+
+def append_jsonl(path, row):
+    """Append one whole line. Several ranks may append to one file."""
+    import fcntl
+    with open(path, "ab") as out:
+        fcntl.flock(out, fcntl.LOCK_EX)
+        out.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+
+
+def continue_jsonl(path, parse):
+    """The parsed rows of an output file that will be appended to; [] where there is none.
+
+    `parse` tells whether the file is ours: where it refuses no whole line, a last line that a
+    killed writer left without its end is cut off; else InputError, and nothing is changed.
+    """
+    make_folder(path)
+    if not os.path.exists(path) or os.path.getsize(path) == 0:
+        return []
+    rows = list(read_jsonl(path, parse, torn=True))
+    with open(path, "rb+") as file:
+        file.truncate(file.read().rfind(b"\n") + 1)
+    return rows
+
+
+def lock(path):
+    """Hold PATH.lock until this process ends; keep the returned file. InputError if it is held."""
+    import fcntl
+    path = os.path.realpath(path)  # one lock however the path is spelt
+    make_folder(path)
+    file = open(path + ".lock", "a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"another process writes {path}; expected it to end first") from None
+    return file
+
+
+# ---- Commands ------------------------------------------------------------------------------------
+class InputError(ValueError):
+    """A user's mistake: what was found, where, and what was expected."""
+
+
+def run_command(main):
+    """Run a script's `main`. A mistake of the user is one line on stderr, and status 2."""
+    sys.stdout.reconfigure(errors="replace", line_buffering=True)
+    try:
+        main()
+    except BrokenPipeError:  # python tree.py --show | head
+        os._exit(0)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (InputError, OSError) as error:
+        print(printable(f"{os.path.basename(sys.argv[0])}: {error}"), file=sys.stderr)
+        sys.exit(2)
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    def _get_help_string(self, action):  # tells every default but None
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+def arguments(description, epilog=""):
+    """An argparse parser that takes whole names only and raises InputError for a mistake."""
+    def error(message):
+        raise InputError(f"{message}; see --help")
+    parser = argparse.ArgumentParser(description=description, epilog=epilog, allow_abbrev=False,
+                                     formatter_class=HelpFormatter)
+    parser.error = error
+    return parser
+
+
+def at_least(low, kind=int, high=1e15):
+    """A type for argparse: a number of this kind, from `low` to `high`."""
+    def number(text):
+        if not low <= kind(text) <= high:
+            raise argparse.ArgumentTypeError(f"found {text}, expected {low} to {high:g}")
+        return kind(text)
+    return number
+
+
+def printable(text):
+    """Text without what a terminal would obey: escapes, bells, marks that turn its direction."""
+    return "".join(c if c.isprintable() else " " for c in text)
+
+
+def shorten(value, width=60):
+    """A value as an error message shows it: JSON, in one line."""
+    text = json.dumps(value, default=str)
+    return text if len(text) <= width else text[:width - 3] + "..."
 
 
 # ---- The command ---------------------------------------------------------------------------------
@@ -544,16 +520,11 @@ def main():
     parser = arguments("Build prefix trees from searches and traces, and show them.")
     parser.add_argument("files", nargs="*", default=["data/arithmetic/trees.jsonl"],
                         help="JSONL of searches, traces or trees")
-    parser.add_argument("--from_completions", action="store_true",
-                        help='the files are a sampler\'s {"question", "answer", "completions"}')
     parser.add_argument("--out", help="write the merged trees to this JSONL file")
     parser.add_argument("--show", action="store_true", help="draw a tree in the terminal")
     parser.add_argument("--id", help="the problem to draw; without it, the first")
     args = parser.parse_args()
-    if args.from_completions:
-        trees = build(chain.from_iterable(map(from_completions, args.files)))
-    else:
-        trees = read_trees(args.files)
+    trees = read_trees(args.files)
     if args.out:
         make_folder(args.out)
         if os.path.exists(args.out):  # it may be what took a search many hours
