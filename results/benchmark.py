@@ -54,28 +54,27 @@ def synchronize():
         torch.cuda.synchronize()
 
 
-def compare(name, theirs, ours, pairs, tokens):
+def compare(name, before, after, pairs):
     """Time two callables in turn, after a warm-up of each. Prints and returns what `show` does."""
-    theirs()
-    ours()
+    before()
+    after()
     times = []
     for _ in range(pairs):
-        seconds = clock(theirs)
-        times.append((seconds, clock(ours)))
-    return show(name, np.array(times), tokens)
+        seconds = clock(before)
+        times.append((seconds, clock(after)))
+    return show(name, np.array(times))
 
 
-def show(name, times, tokens):
-    """Print tokens a second, seconds and the ratio theirs / ours; times (pairs, 2) in seconds."""
-    theirs, ours = np.median(times, axis=0)
+def show(name, times):
+    """Print seconds and their ratio, before / after; times (pairs, 2) in seconds."""
+    before, after = np.median(times, axis=0)
     ratios = times[:, 0] / times[:, 1]
     ratio = float(np.median(ratios))
     low = float(ratios.min())
     high = float(ratios.max())
-    print(f"{name:<42} {tokens / theirs:8.0f} -> {tokens / ours:8.0f} tok/s   "
-          f"{theirs:7.3f} -> {ours:7.3f} s   "
-          f"ratio {ratio:5.2f} [{low:.2f}, {high:.2f}] of {len(times)} pairs", flush=True)
-    return dict(name=name, seconds=[float(theirs), float(ours)], ratio=ratio, low=low, high=high)
+    print(f"{name:<42} {before:7.3f} -> {after:7.3f} s   ratio {ratio:5.2f} "
+          f"[{low:.2f}, {high:.2f}] of {len(times)} pairs", flush=True)
+    return dict(name=name, seconds=[float(before), float(after)], ratio=ratio, low=low, high=high)
 
 
 def show_floor(what, floor, row):
@@ -184,21 +183,26 @@ def in_slots(run, prompts, args):
     return decoder.busy
 
 
+def roll_out(run, samples, knobs, draws):
+    """Complete samples anew. Advantages are random, so that no group is dead."""
+    prompts = [s.prefix_ids for s in samples]
+    completions, logps = evaluate.generate(
+        run.models.student, run.tokenizer, prompts, knobs.max_new_tokens, return_logps=True)
+    for sample, ids, values in zip(samples, completions, logps):
+        sample.completion_ids = ids
+        sample.sampler_logps = values
+        sample.advantages = np.full(len(ids), draws.normal())
+
+
 def our_step(run, trees, knobs, step):
-    """One step of ours: (seconds of rollout and grading, seconds of the update). Advantages are
-    random, so that no group is dead."""
+    """One step of ours: (seconds of rollout and grading, seconds of the update)."""
     samples = make_batch(run, trees, knobs, step)
-    draws = rng(step)
 
     def rollout():
-        prompts = [s.prefix_ids for s in samples]
-        completions, logps = evaluate.generate(
-            run.models.student, run.tokenizer, prompts, knobs.max_new_tokens, return_logps=True)
-        for sample, ids, values in zip(samples, completions, logps):
-            sample.completion_ids = ids
-            sample.sampler_logps = values
-            sample.advantages = np.full(len(ids), draws.normal())
-            evaluate.is_solved(evaluate.decode(run.tokenizer, ids), {"answer": "1"})
+        roll_out(run, samples, knobs, rng(step))
+        for sample in samples:
+            text = evaluate.decode(run.tokenizer, sample.completion_ids)
+            evaluate.is_solved(text, {"answer": "1"})
 
     seconds = clock(rollout)
     return seconds, clock(lambda: train.update(run, samples, knobs))
@@ -332,7 +336,7 @@ def compare_slots(args, knobs, run, trees):
     for step in range(8):
         prompts += [s.prefix_ids for s in make_batch(run, trees, knobs, step)]
     row = compare("generate 8 batches: one by one -> slots", lambda: in_batches(run, prompts, args),
-                  lambda: in_slots(run, prompts, args), args.pairs, len(prompts) * args.new_tokens)
+                  lambda: in_slots(run, prompts, args), args.pairs)
     row["busy"] = in_slots(run, prompts, args)
     print(f"slots busy until the last completion began: {row['busy']:.0%}")
     return row
@@ -346,11 +350,10 @@ def compare_steps(args, knobs, run, trees, floor):
     times = trl_steps(args, run.tokenizer, prompts, args.pairs + 1,
                       lambda step: our_step(run, trees, knobs, step))
     times = np.array(times[1:])  # (pairs, theirs and ours, rollout and update)
-    tokens = args.batch_size * args.new_tokens
-    rows = [show("step: TRL -> ours", times.sum(2), tokens),
-            show("its rollout and rewards: TRL -> ours", times[..., 0], tokens),
-            show("its update: TRL -> ours", times[..., 1], tokens)]
-    if not args.natural:
+    rows = [show("step: TRL -> ours", times.sum(2)),
+            show("its rollout and rewards: TRL -> ours", times[..., 0]),
+            show("its update: TRL -> ours", times[..., 1])]
+    if not args.natural:  # else nobody knows beforehand how many tokens there are
         show_floor("a step, both together", floor, rows[0])
     return rows
 
@@ -368,8 +371,7 @@ def compare_sizes(args, knobs, run, trees):
         packed = len(pack(prefixes).ids) + new
         rows.append(compare(
             f"update, group of {size} ({padded} -> {packed} tokens)",
-            updater(run, group, knobs, True), updater(run, group, knobs, False),
-            args.pairs, padded))
+            updater(run, group, knobs, True), updater(run, group, knobs, False), args.pairs))
     return rows
 
 
@@ -394,15 +396,16 @@ def measure(args):
           f"the batch is {padded} padded tokens, {packed} packed ones")
     update = compare(
         "update: padded -> packed", updater(run, samples, knobs, True),
-        updater(run, samples, knobs, False), args.pairs, padded)
+        updater(run, samples, knobs, False), args.pairs)
     update_floor = 4 * weights * packed / flops  # 2 forward, 2 backward; the base needs no gradient
     show_floor("the packed update, 4 x weights x distinct tokens / peak", update_floor, update)
     generate = compare(
         "generate: transformers -> ours", lambda: their_generate(run, prompts, args),
-        lambda: our_generate(run, prompts, args), args.pairs, len(prompts) * args.new_tokens)
+        lambda: our_generate(run, prompts, args), args.pairs)
     generate_floor = weight_bytes * args.new_tokens / bandwidth
-    show_floor("decoding, bytes of weights x steps / bandwidth of a copy, read and written",
-               generate_floor, generate)
+    if not args.natural:
+        show_floor("decoding, bytes of weights x steps / bandwidth of a copy, read and written",
+                   generate_floor, generate)
     rows = [update, generate]
     kinds = ["nothing", "padded", "packed", "generate", "ours"]
     if args.natural:

@@ -18,7 +18,6 @@ is compiled comes last, for it takes a minute a shape.
 5. search    256 problems side by side
 6. default   train.py on the embedded model in bf16, with graphs: seconds and accuracy
 """
-import json
 import os
 import signal
 import subprocess
@@ -27,7 +26,6 @@ import tempfile
 import time
 import traceback
 from types import SimpleNamespace
-from unittest.mock import patch
 
 import numpy as np
 
@@ -43,8 +41,9 @@ from transformers import (AutoModelForCausalLM, PreTrainedTokenizerFast,  # noqa
 
 import mcts  # noqa: E402
 import train  # noqa: E402
-from benchmark import clock  # noqa: E402
-from tree import append_jsonl, arguments, micro_batches, rng, run_command  # noqa: E402
+from benchmark import clock, roll_out, synchronize, updater  # noqa: E402
+from tree import (append_jsonl, arguments, micro_batches, read_jsonl, rng,  # noqa: E402
+                  run_command, write_jsonl)
 
 SIZES = {
     "qwen2.5-1.5b": dict(
@@ -112,153 +111,155 @@ def make_batch(size, knobs):
     return samples
 
 
-# ---- Parts: each yields rows ---------------------------------------------------------------------
+# ---- Parts: each yields rows. Those that sample say first how: evaluate.COMPILE. -----------------
+def fastest(work, calls):
+    """Seconds of the fastest call."""
+    return min(clock(work) for _ in range(calls))
+
+
 def measure_peak(bench):
     """FLOP/s of a bf16 product, bytes/s of a copy, read and written."""
     n = bench.size["product"]
     a = torch.randn(n, n, device=bench.device, dtype=torch.bfloat16)
     source = torch.empty(2 ** 20 * n // 64, device=bench.device)
     target = torch.empty_like(source)
-    bench.flops = 2 * n ** 3 / min(clock(lambda: a @ a) for _ in range(20))
-    bench.bandwidth = 2 * source.nbytes / min(clock(lambda: target.copy_(source))
-                                              for _ in range(20))
+    bench.flops = 2 * n ** 3 / fastest(lambda: a @ a, 20)
+    bench.bandwidth = 2 * source.nbytes / fastest(lambda: target.copy_(source), 20)
     yield dict(name=bench.name, tflops=bench.flops / 1e12, gbytes=bench.bandwidth / 1e9)
 
 
-def decode(bench, rows, kind):
+def measure_decoding(bench, rows, kind):
     """Tokens/s of so many rows side by side, once what is compiled is."""
+    evaluate.COMPILE = KINDS[kind]
     evaluate.KEPT.clear()
-    with patch.object(evaluate, "COMPILE", KINDS[kind]):
-        yield from time_decoding(bench, rows, kind)
-
-
-def time_decoding(bench, rows, kind):
-    """`decode`, as evaluate.COMPILE is now."""
     size = bench.size
-    model = bench.run.models.student
+    steps = size["steps"]
     columns = size["question"] + 2 * size["step"]
-    decoder = evaluate.Decoder(model, bench.run.tokenizer, rows)
+    decoder = evaluate.Decoder(bench.run.models.student, bench.run.tokenizer, rows)
     decoder.ends = set()  # none ends early
     for k in range(rows):
         ids = rng(1, k).integers(0, size["vocab_size"], columns).tolist()
-        decoder.add(evaluate.Completion(k, ids, size["steps"] + 8, 1.0, (0, k), False))
-    first = clock(lambda: [decoder.step() for _ in range(3)])
-    seconds = clock(lambda: [decoder.step() for _ in range(size["steps"])]) / size["steps"]
-    layer = decoder.now.layers[0]
-    per_column = 2 * layer.keys[:, :, 0].nbytes * len(decoder.now.layers)
-    cache = per_column * (columns + size["steps"] // 2)
-    weights = sum(p.nbytes for p in model.parameters())
-    floor = (weights + cache) / bench.bandwidth
-    yield dict(name=f"{rows} rows, {kind}", tokens_per_s=rows / seconds, ms=1e3 * seconds,
-               floor_ms=1e3 * floor, times_floor=seconds / floor, first_steps_s=first,
-               as_asked=evaluate.COMPILE is KINDS[kind])
+        decoder.add(evaluate.Completion(k, ids, steps + 8, 1.0, (0, k), False))
+
+    def decode(count):
+        for _ in range(count):
+            decoder.step()
+    first = clock(lambda: decode(3))
+    seconds = clock(lambda: decode(steps)) / steps
+    floor = decoding_bytes(decoder, columns + steps // 2) / bench.bandwidth
+    yield dict(
+        name=f"{rows} rows, {kind}",
+        tokens_per_s=rows / seconds,
+        ms=1e3 * seconds,
+        floor_ms=1e3 * floor,
+        times_floor=seconds / floor,
+        first_steps_s=first,
+        as_asked=evaluate.COMPILE is KINDS[kind])
+
+
+def decoding_bytes(decoder, columns):
+    """What one step reads: the weights, and so many columns of keys and values."""
+    layers = decoder.now.layers
+    keys = layers[0].keys[:, :, 0].nbytes  # of a column
+    weights = sum(p.nbytes for p in decoder.model.parameters())
+    return weights + 2 * keys * columns * len(layers)
 
 
 def measure_update(bench, kind):
     """Forward and backward of a batch."""
-    knobs = SimpleNamespace(**{**vars(bench.knobs), "no_pack": kind == "padded"})
-    samples = make_batch(bench.size, knobs)
-    models = bench.run.models
-    scale = train.Scale(1 / len(samples))
-
-    def work():
-        train.accumulate(models, samples, scale, knobs, knobs.micro_tokens)
-        bench.run.optimizer.zero_grad()
+    samples = make_batch(bench.size, bench.knobs)
+    work = updater(bench.run, samples, bench.knobs, no_pack=kind == "padded")
     work()
-    seconds = min(clock(work) for _ in range(3))
+    seconds = fastest(work, 3)
     tokens = sum(len(s.prefix_ids) + len(s.completion_ids) for s in samples)
     computed = tokens
     if kind == "packed":
-        longest = evaluate.row_tokens(models.student)
+        longest = evaluate.row_tokens(bench.run.models.student)
         [batch] = micro_batches(samples, 10 ** 9, longest)
         computed = sum(len(row.ids) for row in batch.rows)
-    weights = sum(p.numel() for p in models.student.parameters())
-    yield dict(name=kind, seconds=seconds, tokens_per_s=tokens / seconds, tokens=computed,
-               share_of_peak=4 * weights * computed / seconds / bench.flops)
+    flops = 4 * bench.weights * computed / seconds
+    yield dict(
+        name=kind,
+        seconds=seconds,
+        tokens_per_s=tokens / seconds,
+        tokens=computed,
+        share_of_peak=flops / bench.flops)
 
 
 def measure_step(bench, kind):
-    """A step at Table 3's sizes: rollout, then update."""
-    samples = make_batch(bench.size, bench.knobs)
-    draws = rng(0)
+    """A step at Table 3's sizes: rollout, then update. The first of both is slower."""
+    evaluate.COMPILE = KINDS[kind]
     run = bench.run
-
-    def rollout():
-        completions, logps = evaluate.generate(
-            run.models.student, run.tokenizer, [s.prefix_ids for s in samples],
-            bench.knobs.max_new_tokens, 1.0, [s.seed for s in samples], return_logps=True)
-        for sample, ids, values in zip(samples, completions, logps):
-            sample.completion_ids = ids
-            sample.sampler_logps = values
-            sample.advantages = np.full(len(ids), draws.normal())
-    with patch.object(evaluate, "COMPILE", KINDS[kind]):
-        rollout()
-        train.update(run, samples, bench.knobs)  # the first of both is slower
+    samples = make_batch(bench.size, bench.knobs)
+    for _ in range(2):
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
-        seconds = clock(rollout)
-    found = {}
-    update = clock(lambda: found.update(stats=train.update(run, samples, bench.knobs)[0]))
+        rollout = clock(lambda: roll_out(run, samples, bench.knobs, rng(0)))
+        start = time.perf_counter()
+        stats, _ = train.update(run, samples, bench.knobs)
+        synchronize()
+        update = time.perf_counter() - start
     new = sum(len(s.completion_ids) for s in samples)
-    yield dict(name=kind, rollout_s=seconds, update_s=update, tokens_per_s=new / seconds,
-               gap=float(np.mean(found["stats"]["gap"])), peak_mb=evaluate.peak_memory())
+    yield dict(
+        name=kind,
+        rollout_s=rollout,
+        update_s=update,
+        tokens_per_s=new / rollout,
+        gap=float(np.mean(stats["gap"])),
+        peak_mb=evaluate.peak_memory())
 
 
 def measure_search(bench, kind):
     """Problems side by side, two rollouts each."""
+    evaluate.COMPILE = KINDS[kind]
     size = bench.size
-    out = os.path.join(bench.folder, "search.jsonl")
-    args = SimpleNamespace(rollouts=2, max_depth=5, branch=5, c_uct=2.0, temperature=1.0, seed=0,
-                           max_new_tokens=size["search_tokens"], parallel=256, batch_size=256,
-                           out=out)
+    args = SimpleNamespace(
+        rollouts=2, max_depth=5, branch=5, c_uct=2.0, temperature=1.0, seed=0,
+        max_new_tokens=size["search_tokens"], parallel=256, batch_size=256,
+        out=os.path.join(bench.folder, "search.jsonl"))
     problems = []
     for k in range(size["problems"]):
-        problems.append(dict(id=str(k), question=f"{k}", answer="1"))
+        problems.append(dict(id=str(k), question=str(k), answer="1"))
 
     def encode(question):
-        return [rng(2, int(question)).integers(0, size["vocab_size"], size["question"]).tolist()]
-    sampled = []
-    add = evaluate.Decoder.add
-
-    def note(decoder, completion):
-        sampled.append(completion)
-        add(decoder, completion)
-    run = bench.run
-    with patch.object(evaluate, "COMPILE", KINDS[kind]), \
-            patch.object(evaluate.Decoder, "add", note), tqdm(disable=True) as bar:
-        seconds = clock(lambda: mcts.run(run.models.student, run.tokenizer, problems, encode, args,
-                                         {}, bar))
-    tokens = sum(len(completion.ids) for completion in sampled)
-    yield dict(name=kind, seconds=seconds, completions=len(sampled), tokens=tokens,
-               tokens_per_s=tokens / seconds)
+        draws = rng(2, int(question))
+        return [draws.integers(0, size["vocab_size"], size["question"]).tolist()]
+    start = time.perf_counter()
+    with tqdm(disable=True) as bar:
+        tokens, busy = mcts.run(bench.run.models.student, bench.run.tokenizer, problems, encode,
+                                args, {}, bar)
+    seconds = time.perf_counter() - start  # each token has come to the CPU
+    yield dict(name=kind, seconds=seconds, tokens=tokens, tokens_per_s=tokens / seconds, busy=busy)
 
 
 def measure_default(bench, dtype):
     """train.py on the embedded model, as a command."""
+    root = os.path.dirname(HERE)
     folder = os.path.join(bench.folder, f"default-{dtype}")
-    command = [sys.executable, os.path.join(os.path.dirname(HERE), "train.py"), "--dtype", dtype,
-               "--out", folder]
+    command = [sys.executable, os.path.join(root, "train.py"), "--dtype", dtype, "--out", folder]
     if bench.name == "tiny":
         command += ["--steps", "2", "--eval_every", "0"]
     start = time.perf_counter()
-    done = subprocess.run(command, cwd=os.path.dirname(HERE), text=True, timeout=bench.left(),
+    done = subprocess.run(command, cwd=root, text=True, timeout=bench.left(),
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    said = done.stdout.strip().splitlines()
+    seconds = time.perf_counter() - start
     if done.returncode:
-        raise RuntimeError(said[-1])
-    with open(os.path.join(folder, "log.jsonl"), encoding="utf-8") as lines:
-        log = [json.loads(line) for line in lines]
-    scores = [row["eval_accuracy"] for row in log if "eval_accuracy" in row]
-    steps = [row for row in log if "seconds_rollout" in row]
-    yield dict(name=dtype, seconds=time.perf_counter() - start, accuracy=scores,
-               rollout_s=sum(row["seconds_rollout"] for row in steps),
-               update_s=sum(row["seconds_update"] for row in steps),
-               gap=float(np.mean([row["gap"] or 0 for row in steps])))
+        raise RuntimeError(done.stdout.strip().splitlines()[-1])
+    log = list(read_jsonl(os.path.join(folder, "log.jsonl"), lambda row, number: row))
+    steps = [row for row in log if "loss" in row]
+    yield dict(
+        name=dtype,
+        seconds=seconds,
+        accuracy=[row["eval_accuracy"] for row in log if "eval_accuracy" in row],
+        rollout_s=sum(row["seconds_rollout"] for row in steps),
+        update_s=sum(row["seconds_update"] for row in steps),
+        gap=train.mean([row["gap"] for row in steps]))
 
 
 # ---- The command ---------------------------------------------------------------------------------
 class Late(BaseException):
-    """A part has used up its time. No Exception, which Decoder takes for a failed compilation."""
+    """A part has used up its time. Were it an Exception, Decoder would take it for a failed
+    compilation."""
 
 
 class Bench(SimpleNamespace):
@@ -282,13 +283,13 @@ class Bench(SimpleNamespace):
             rows += work(self, *more)
         except (Exception, Late) as error:  # whatever it is, the other parts are worth having
             last = traceback.extract_tb(error.__traceback__)[-1]
-            rows.append(dict(name=" ".join(map(str, more)), error=f"{type(error).__name__}: "
-                             f"{str(error)[:300]} ({last.filename}:{last.lineno})"))
+            where = f"{os.path.basename(last.filename)}:{last.lineno}"
+            said = f"{type(error).__name__}: {str(error)[:300]} ({where})"
+            rows.append(dict(name=" ".join(map(str, more)), error=said))
         finally:
             signal.alarm(0)
         for row in rows:
             row = dict(part=part, **row, part_s=time.monotonic() - start)
-            self.rows.append(row)
             append_jsonl(self.out, row)
             print(show(row), flush=True)
 
@@ -306,40 +307,42 @@ def main():
     parser = arguments("What one GPU does.")
     parser.add_argument("--tiny", action="store_true", help="a tiny model, on any machine")
     parser.add_argument("--minutes", type=float, default=8, help="all in all")
-    parser.add_argument("--out", help="default results/gpu.jsonl")
+    parser.add_argument("--out", help="written anew; default results/gpu.jsonl, with --tiny "
+                        "out/gpu.jsonl")
     args = parser.parse_args()
     name = "tiny" if args.tiny else "qwen2.5-1.5b"
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    bench = Bench(name=name, size=SIZES[name], device=device, rows=[],
+    bench = Bench(name=name, size=SIZES[name], device=device,
                   flops=float("nan"), bandwidth=float("nan"),
-                  out=args.out or os.path.join(HERE, "gpu.jsonl"),
+                  out=args.out or os.path.join("out" if args.tiny else HERE, "gpu.jsonl"),
                   end=time.monotonic() + 60 * args.minutes)
+    write_jsonl(bench.out, [])
     if args.tiny:
         evaluate.COMPILER = dict(backend="eager")
 
     def set_up(bench):
         bench.run, bench.knobs = make_run(bench.size, device)
-        weights = sum(p.numel() for p in bench.run.models.student.parameters())
+        bench.weights = sum(p.numel() for p in bench.run.models.student.parameters())
         card = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-        yield dict(name=card, weights=weights, torch=torch.__version__)
-    first, *others = bench.size["rows"]
+        yield dict(name=card, weights=bench.weights, torch=torch.__version__)
+    first, *others = bench.size["rows"]  # the one with a goal, in case time runs out
     with tempfile.TemporaryDirectory() as bench.folder:
         print("| part | what | figures |\n|---|---|---|")
         bench.do("model", set_up)
         bench.do("peak", measure_peak)
         for kind in ("plain", "graph", "compiled"):
-            bench.do("decode", decode, first, kind)
+            bench.do("decode", measure_decoding, first, kind)
         for kind in ("packed", "padded"):
             bench.do("update", measure_update, kind)
         for kind in ("plain", "graph"):
             bench.do("step", measure_step, kind)
         for rows in others:
             for kind in ("plain", "graph"):
-                bench.do("decode", decode, rows, kind)
+                bench.do("decode", measure_decoding, rows, kind)
         bench.do("search", measure_search, "graph")
         bench.do("default", measure_default, "bfloat16")
         for rows in others:
-            bench.do("decode", decode, rows, "compiled")
+            bench.do("decode", measure_decoding, rows, "compiled")
         bench.do("default", measure_default, "float32")
 
 
