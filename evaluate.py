@@ -98,8 +98,9 @@ def gather(item):
     items = [None] * dist.get_world_size()
     try:
         dist.all_gather_object(items, item)
-    except RuntimeError:  # its connection is closed
-        raise InputError("another rank has ended, whose error is the one to look at") from None
+    except RuntimeError as error:  # such as a closed connection
+        raise InputError("another rank has ended, whose error is the one to look at; here: "
+                         f"{shorten(str(error), 200)}") from None
     return items
 
 
@@ -249,7 +250,8 @@ def checksum(tensors, dtype=None):
     total = 0
     for name, tensor in sorted(tensors.items()):
         tensor = tensor.to(dtype or tensor.dtype).contiguous().flatten()
-        total = crc32(tensor.view(torch.uint8).cpu().numpy(), crc32(name.encode(), total))
+        total = crc32(name.encode(), total)
+        total = crc32(tensor.view(torch.uint8).cpu().numpy(), total)
     return f"{total:08x}"
 
 
@@ -651,7 +653,8 @@ def shared_rows(prompts):
     rows = []
     for k in sorted(range(len(prompts)), key=lambda k: prompts[k]):
         if rows:
-            common = len(os.path.commonprefix([prompts[rows[-1][-1]], prompts[k]]))
+            neighbour = prompts[rows[-1][-1]]
+            common = len(os.path.commonprefix([neighbour, prompts[k]]))
             if 2 * common >= len(prompts[k]):
                 rows[-1].append(k)
                 continue
@@ -670,7 +673,8 @@ def prefill(model, prompts):
     packed = []
     for row in rows:
         # a prompt of one token has no past: its token is computed, and nothing is made of it
-        packed.append(pack([prompts[k][:-1] or prompts[k] for k in row]))
+        pasts = [prompts[k][:-1] or prompts[k] for k in row]
+        packed.append(pack(pasts))
     ids, position, mask = pad_rows(packed, model)
     cache = DynamicCache()  # a plain one: with the model's config, sliding layers drop old tokens
     model(ids, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True,
@@ -1047,10 +1051,11 @@ def score(model, tokenizer, problems, max_new_tokens=512, samples=0, temperature
     decoder = decoder or Decoder(model, tokenizer, 256)
     for k, problem in enumerate(problems):
         prompt = encode_prefix(problem["question"])[0]
-        decoder.add(Completion((k, 0), prompt, max_new_tokens, 0.0, (seed, problem["id"]), False))
+        name = problem["id"]
+        decoder.add(Completion((k, 0), prompt, max_new_tokens, 0.0, (seed, name), False))
         for j in range(samples):
             decoder.add(Completion((k, j + 1), prompt, max_new_tokens, temperature,
-                                   (seed, problem["id"], j), False))
+                                   (seed, name, j), False))
     completions = [[None] * (samples + 1) for _ in problems]
     judged = 0
     for completion in decoder.run():
@@ -1116,9 +1121,10 @@ def summarise(rows):
     figures["greedy"] = [row["correct"][0] for row in rows]
     figures["flexible"] = [row["flexible"][0] for row in rows]
     if samples:
-        figures[f"mean@{samples}"] = [np.mean(row["correct"][1:]) for row in rows]
+        sampled = [row["correct"][1:] for row in rows]
+        figures[f"mean@{samples}"] = [np.mean(marks) for marks in sampled]
         figures[f"maj@{samples}"] = [majority(row) for row in rows]
-        figures[f"pass@{samples}"] = [any(row["correct"][1:]) for row in rows]
+        figures[f"pass@{samples}"] = [any(marks) for marks in sampled]
     figures["truncated"] = [np.mean(row["truncated"]) for row in rows]
     clusters = clusters_of(rows)
     return {name: mean_interval(values, clusters) for name, values in figures.items()}
@@ -1144,8 +1150,8 @@ def table(rows):
         parts = sorted({str(row[key]) for row in rows if key in row})
         for part in parts:
             correct = [row["correct"][0] for row in rows if str(row.get(key)) == part]
-            lines.append(f"{key:>10} {printable(part)}: {100 * np.mean(correct):5.1f} % "
-                         f"of {len(correct)}")
+            percentage = 100 * np.mean(correct)
+            lines.append(f"{key:>10} {printable(part)}: {percentage:5.1f} % of {len(correct)}")
     return "\n".join(lines)
 
 
@@ -1160,7 +1166,8 @@ def compare(first, second):
                          "expected two scorings of one data set")
     lines = [f"{len(first)} problems in both"]
     kinds = {"greedy": slice(0, 1), "mean@k": slice(1, None)}
-    if len(first[0]["correct"]) == 1 or len(second[0]["correct"]) == 1:
+    fewest = min(len(first[0]["correct"]), len(second[0]["correct"]))
+    if fewest == 1:
         del kinds["mean@k"]
     for name, kept in kinds.items():
         a = np.array([np.mean(row["correct"][kept]) for row in first])

@@ -330,6 +330,10 @@ REFUSED = [
     ("--critic_warmup 3", "does nothing"),
     ("--no_root --group question", "does nothing"),
     ("--no_root --objective sft", "does nothing"),
+    ("--group question --objective sft", "does nothing"),
+    ("--temperature 0.5 --objective sft", "does nothing"),
+    ("--alpha 0.1 --critic C", "does nothing"),
+    ("--lora_rank 0 --lora_alpha 8", "trains all weights"),
     ("--chat_template_kwargs [1]", "invalid json_object"),
 ]
 

@@ -161,14 +161,16 @@ def parse_args(argv=None):
     if given["reward"] != "task":
         defaults["lr"] = DISTILL_LR
     args = argparse.Namespace(**{**defaults, **given})
-    words = {word.split("=")[0] for word in (sys.argv[1:] if argv is None else argv)}
+    argv = sys.argv[1:] if argv is None else argv
+    words = {word.split("=")[0] for word in argv}
     check_flags(args, [name for name in given if f"--{name}" in words])
     method = args.baseline if args.reward == "task" else args.reward
     if args.critic:
         method = f"{args.reward}-critic"
     if args.objective == "sft":
         method = "sft"
-    args.out = os.path.normpath(args.out or f"out/{args.preset}-{args.group}-{method}-{args.seed}")
+    name = f"{args.preset}-{args.group}-{method}-{args.seed}"
+    args.out = os.path.normpath(args.out or f"out/{name}")
     return args
 
 
@@ -207,8 +209,11 @@ def check_flags(args, given):
            "--adapter is trained as it is; --lora_rank, --lora_alpha, --lora_dropout do nothing.")
     refuse(args.kl_coef and not args.lora_rank,
            "--kl_coef compares with the student without its adapter; --lora_rank 0 has none.")
-    used = dict(mc_rollouts=args.baseline == "mc", no_root=args.group != "question",
-                kl=args.distill_coef, critic_warmup=args.critic, gae_lambda=args.critic)
+    refuse(not args.lora_rank and {"lora_alpha", "lora_dropout"} & set(given),
+           "--lora_rank 0 trains all weights; --lora_alpha and --lora_dropout do nothing.")
+    used = dict(group=True, temperature=True, alpha=compares, mc_rollouts=args.baseline == "mc",
+                no_root=args.group != "question", kl=args.distill_coef,
+                critic_warmup=args.critic, gae_lambda=args.critic)  # and none of them by sft
     for name, is_used in used.items():
         refuse(name in given and (sft or not is_used), f"--{name} does nothing here; leave it out.")
 
@@ -360,7 +365,9 @@ def compare_groups(samples, trees, args):
         a, used = advantage.advantages(args.baseline, **vars(group))
         for sample, value in zip(members, a):
             sample.advantages = np.full(len(sample.completion_ids), value)
-        metrics.append(dict(advantage.metrics(a, group), fallback=float(used != args.baseline)))
+        row = advantage.metrics(a, group)
+        row["fallback"] = float(used != args.baseline)
+        metrics.append(row)
     return [s for s in samples if not s.fresh], metrics
 
 
@@ -547,7 +554,8 @@ def optimiser_step(run, samples, args, warm_up=False):
     mine = run.share(samples)
 
     def gradient(micro_tokens):
-        torch.manual_seed(int(rng(args.seed, "dropout", run.step, run.rank).integers(2 ** 63)))
+        draws = rng(args.seed, "dropout", run.step, run.rank)
+        torch.manual_seed(int(draws.integers(2 ** 63)))
         run.optimizer.zero_grad()
         return accumulate(run.models, mine, scale, args, micro_tokens, warm_up)
 
@@ -797,8 +805,11 @@ def save(run, args):
         for key, value in run.optimizer.state.get(p, {}).items():
             state[f"{key}/{name}"] = value
     state = {key: value.contiguous().cpu() for key, value in state.items()}
-    metadata = dict(step=str(run.step), tokens=str(run.tokens), args=json.dumps(vars(args)),
-                    contents=json.dumps(run.contents))
+    metadata = dict(
+        step=str(run.step),
+        tokens=str(run.tokens),
+        args=json.dumps(vars(args)),
+        contents=json.dumps(run.contents))
     path = checkpoint_path(args)
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -889,7 +900,8 @@ def report(run, samples, metrics, parts, args):
         row["solved"] = mean([s.solved for s in samples])
         row["truncated"] = mean([s.truncated for s in samples])
         for depth in sorted({s.depth for s in samples}):
-            row[f"solved_at_{depth}"] = mean([s.solved for s in samples if s.depth == depth])
+            solved = [s.solved for s in samples if s.depth == depth]
+            row[f"solved_at_{depth}"] = mean(solved)
         row["gap"] = mean(stats["gap"])
         row["gap_max"] = max(stats["gap"], default=math.nan)
         if args.behaviour == "student":
@@ -900,7 +912,8 @@ def report(run, samples, metrics, parts, args):
         row["critic_loss"] = sum(stats["critic_loss"])
     if stats["log_weight"]:
         weights = np.exp(np.minimum(stats["log_weight"], math.log(MAX_WEIGHT)))
-        row["ess"] = weights.sum() ** 2 / (weights ** 2).sum() / len(weights)
+        effective = weights.sum() ** 2 / (weights ** 2).sum()
+        row["ess"] = effective / len(weights)
         row["clipped"] = float(np.mean(weights >= 0.999 * MAX_WEIGHT))
     return row
 
@@ -925,9 +938,10 @@ class Log:
         self.rollouts = continue_log(args, "rollouts.jsonl", run.step)
         weights = list(run.models.student.parameters())
         learning = sum(p.numel() for p in weights if p.requires_grad)
-        print(f"{learning:,} trainable of {sum(p.numel() for p in weights):,} weights on "
-              f"{run.world} x {weights[0].device.type}, {len(data)} problems of {args.trees} "
-              f"-> {args.out}")
+        total = sum(p.numel() for p in weights)
+        device = weights[0].device.type
+        print(f"{learning:,} trainable of {total:,} weights on {run.world} x {device}, "
+              f"{len(data)} problems of {args.trees} -> {args.out}")
         preset = PRESETS[args.preset]
         if args.eval_every:
             print(f"evaluated on {args.eval_data}")
@@ -937,7 +951,9 @@ class Log:
 
     def write(self, row):
         """Append a line to log.jsonl; a figure that is not finite is null."""
-        finite = {key: value if math.isfinite(value) else None for key, value in row.items()}
+        finite = {}
+        for name, value in row.items():
+            finite[name] = value if math.isfinite(value) else None
         self.log.write(json.dumps(finite) + "\n")
 
     def evaluation(self, problems):
@@ -991,18 +1007,23 @@ class Log:
         done = self.run.done(self.args)
         elapsed = time.monotonic() - self.begun
         left = int(elapsed * max(0, 1 - done) / (done - self.done_before))
-        cells = {"step": str(row["step"]), "done": f"{100 * min(done, 1):.0f}%"}
+        percent = 100 * min(done, 1)
+        cells = {"step": str(row["step"]), "done": f"{percent:.0f}%"}
         for name, form in COLUMNS.items():
             if name in row:
                 cells[name] = "-" if math.isnan(row[name]) else format(row[name], form)
-        cells |= {"tok/s": f"{row['tokens_per_s']:.0f}", "ETA": f"{left // 60}:{left % 60:02d}"}
+        cells["tok/s"] = f"{row['tokens_per_s']:.0f}"
+        cells["ETA"] = f"{left // 60}:{left % 60:02d}"
         lines = [cells.values()]
         if self.header_due:
             lines = [cells.keys(), cells.values()]
             self.header_due = False
         columns = min(120, shutil.get_terminal_size((120, 24)).columns)
         for line in lines:
-            padded = [f"{cell:>{max(6, len(name))}}" for name, cell in zip(cells, line)]
+            padded = []
+            for name, cell in zip(cells, line):
+                width = max(6, len(name))
+                padded.append(f"{cell:>{width}}")
             print(" ".join(padded)[:columns], flush=True)
 
     def end(self, stopped):
