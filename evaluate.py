@@ -59,6 +59,7 @@ INSTRUCTION = ("Solve the problem step by step. Separate the steps by blank line
                "End with \"The answer is \\boxed{...}.\"")
 FIXED_DATE = "{% macro strftime_now(format) %}01 Jan 2025{% endmacro %}{{ '' }}"
 ROOM = 16  # columns of keys and values allocated ahead, where the cache may grow
+EIGHTH = 8  # of its rows a decoder begins together, or has empty before it is laid out anew
 COMPILE = None  # True: --compile. False: --no_compile. None: a graph on CUDA, plain on a CPU
 COMPILER = dict(backend="inductor")  # of torch.compile
 BASE_WEIGHTS = "base_weights.json"  # beside an adapter: the checksum of the weights it is for
@@ -241,6 +242,7 @@ def multiply_in_bf16(policy):
     for module in policy.modules():
         if isinstance(module, BaseTunerLayer):
             module.cast_input_dtype_enabled = False
+    # every call of the policy goes through this from here on
     policy.forward = torch.autocast(policy.device.type, torch.bfloat16)(policy.forward)
 
 
@@ -604,12 +606,6 @@ def is_out_of_memory(error):
     return any(text in str(error) for text in said)
 
 
-def forget_steps():
-    """Give back the memory of what decoding keeps for later."""
-    KEPT.clear()
-    recorder.cache_clear()
-
-
 def peak_memory():
     """MiB at most in use so far: by CUDA's allocator, else resident in the process."""
     if torch.cuda.is_available():
@@ -722,7 +718,8 @@ def next_logits(model, cache, last, position):
     last, position (N,) the last id of each, and its place in its sequence
     """
     layer = cache.layers[0]
-    # (C,) columns, counted from the one that is written now: those below 0 hold the past
+    # (C,) columns, counted from the one that is written now: those below 0 hold the past. Where
+    # column 5 is written and it is the token at place 3, columns 2 to 5 hold the places 0 to 3
     offset = torch.arange(layer.max_cache_len, device=last.device) - layer.cumulative_length
     place = offset + position[:, None]  # of what each column holds, in its sequence (N, C)
     visible = (place >= 0) & (offset <= 0)
@@ -841,6 +838,12 @@ def recorder():
 KEPT = WeakKeyDictionary()  # model -> its static Steps, for the next Decoder
 
 
+def forget_steps():
+    """Give back the memory of what decoding keeps for later."""
+    KEPT.clear()
+    recorder.cache_clear()
+
+
 class Decoder:
     """Completes prompts side by side in `slots` rows, each filled again when its completion ends.
 
@@ -928,14 +931,14 @@ class Decoder:
         """`step`, as long as nothing goes wrong."""
         live = [k for k, row in enumerate(self.rows) if row]
         count = min(len(self.waiting), self.slots - len(live))
-        if 8 * count < len(live):
-            count = 0  # an eighth at a time: to begin one takes as long as to begin many
+        if EIGHTH * count < len(live):
+            count = 0  # wait for more: to begin one takes as long as to begin many
         new = list(islice(self.waiting, count))
         rows = self.row_count(len(live) + len(new))
         longest = max((len(row.prompt) for row in new), default=0)
         full = self.now and self.used == self.now.columns
         too_small = full or longest > self.used + 1 or rows > len(self.rows)
-        too_large = 8 * (len(self.rows) - rows) >= len(self.rows)  # an eighth is empty
+        too_large = EIGHTH * (len(self.rows) - rows) >= len(self.rows)
         if too_small or too_large:
             self.arrange(live, new, rows)
         elif new:
@@ -981,10 +984,10 @@ class Decoder:
         recorded = self.static and self.model.device.type == "cuda"
         step = self.kept.get((rows, columns)) or Step(rows, columns, recorded, bool(COMPILE))
         index = torch.tensor(live, dtype=torch.long, device=self.model.device)
-        used = slice(self.used - max(lengths, default=0), self.used)
+        filled = slice(self.used - max(lengths, default=0), self.used)
         for k, layer in enumerate(self.now.layers if live else []):
-            keys = layer.keys[:, :, used].index_select(0, index)
-            values = layer.values[:, :, used].index_select(0, index)
+            keys = layer.keys[:, :, filled].index_select(0, index)
+            values = layer.values[:, :, filled].index_select(0, index)
             if not self.static:
                 self.now.layers[k] = None  # two whole caches would take twice the memory
             step.fill(k, slice(len(live)), keys, values, width)
