@@ -32,7 +32,7 @@ KINDS = {  # of a score: (grading, which completions, how their marks are put to
     "flexible mean@4": ("flexible", slice(1, None), np.mean),
     "pass@4": ("correct", slice(1, None), np.max)}
 AT_DEPTH = "solved_at_"  # of the log, and the number of steps in the prefix
-SMOOTH = 5  # steps of a run that a point of the picture is the mean of
+SMOOTH = 3  # steps of a run that a point of the picture is the mean of
 
 
 # ---- Runs ----------------------------------------------------------------------------------------
