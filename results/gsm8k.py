@@ -105,9 +105,10 @@ def scores(lines, arm, kind):
 
 
 def score_interval(lines, arm, kind):
-    """Its mean and the 95 % interval over problems."""
+    """Its mean and the 95 % interval over problems, within 0 and 1."""
     values = scores(lines, arm, kind)
-    return evaluate.mean_interval(values, range(len(values)))
+    mean, low, high = evaluate.mean_interval(values, range(len(values)))
+    return mean, max(low, 0.0), min(high, 1.0)
 
 
 # ---- The table -----------------------------------------------------------------------------------
@@ -203,13 +204,14 @@ def smooth(values):
 
 
 def draw(lines, path):
-    """Share of solved rollouts by depth of prefix, a panel an arm, over the steps of its first run;
-    then mean@4 on the test, with intervals."""
+    """Share of solved rollouts by depth of prefix, a panel an arm, over the updates of its run with
+    the most; then mean@4 on the test, with intervals."""
     arms = [arm for arm in ARMS if runs_of(lines, arm)]
     count = len(arms) + 1
     figure, [panels] = subplots(1, count, squeeze=False, figsize=(3.2 * count, 3.2))
     for arm, axes in zip(arms, panels):
-        draw_depths(axes, runs_of(lines, arm)[0])
+        longest = max(runs_of(lines, arm), key=lambda line: line["updates"])
+        draw_depths(axes, longest)
     draw_scores(panels[-1], lines, ["student", *arms])
     figure.tight_layout()
     figure.savefig(path, dpi=130)
@@ -224,9 +226,10 @@ def draw_depths(axes, run):
         percent = 100 * smooth(run[name])
         updates = SMOOTH + np.arange(len(percent))
         depth = name.removeprefix(AT_DEPTH)
-        axes.plot(updates, percent, color=colour, label=f"{depth} steps")
-    axes.legend(title="prefix of", fontsize=7, title_fontsize=7)
-    tidy(axes, title=run["arm"], xlabel="update", ylabel="rollouts solved, %", ylim=(0, 100))
+        axes.plot(updates, percent, "o-", markersize=3, color=colour, label=f"{depth} steps")
+    axes.legend(title="prefix of", fontsize=6, title_fontsize=6, ncols=2, framealpha=0.5)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    tidy(axes, title=run["arm"], xlabel="update", ylabel="rollouts solved, %", ylim=(-3, 103))
 
 
 def draw_scores(axes, lines, arms):

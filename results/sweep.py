@@ -53,6 +53,7 @@ ROWS = {  # the flags of train.py; in the order in which they are run
     "tree_opo_kl":
         f"--baseline expectation --teacher {TEACHER} --distill_coef 0.1 --kl student_teacher",
     "gkd": f"--group question --reward none --distill_coef 1 --teacher {TEACHER}",
+    "none": "--baseline none",
     "optimal_tree": "--baseline optimal_tree",
     "reinforce_kl": REINFORCE_KL,
     "reinforce_kl_baseline": f"{REINFORCE_KL} --critic {STUDENT} --gae_lambda 1",

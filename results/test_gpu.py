@@ -13,8 +13,10 @@ import gpu  # noqa: E402
 def bench_rows(tmp_path, *more):
     """What the command writes where train.py ends badly."""
     with patch.object(sys, "argv", ["gpu.py", "--tiny", "--out", f"{tmp_path}/rows", *more]), \
-            patch.object(gpu.subprocess, "run", side_effect=OSError("no room")):
-        gpu.main()
+            patch.object(gpu.subprocess, "run", side_effect=OSError("no room")), \
+            patch.multiple(gpu.evaluate, COMPILE=None, COMPILER=gpu.evaluate.COMPILER):
+        gpu.main()  # which sets both
+    gpu.evaluate.forget_steps()
     return [json.loads(line) for line in (tmp_path / "rows").read_text().splitlines()]
 
 
