@@ -11,11 +11,11 @@ that both sides do equal work, unless --natural lets them end where the model en
 2. generate   transformers' generate, against ours, on the same prompts
 3. slots      eight batches of prompts one after the other, against as many slots that are filled
               again as completions end; with --natural, for otherwise all end together
-4. step       TRL's GRPOTrainer, against ours: rollout, reward, advantages, update; same prompts,
-              batch, lengths, LoRA. TRL's dtype is the one it is shipped with, or --trl_dtype
-5. group size the update at 4 to 64 samples of one tree: its cost follows the distinct tokens
-6. memory     peak of the process for one update and for generation alone, each in a process of
+4. group size the update at 4 to 64 samples of one tree: its cost follows the distinct tokens
+5. memory     peak of the process for one update and for generation alone, each in a process of
               its own
+6. step       TRL's GRPOTrainer, against ours: rollout, reward, advantages, update; same prompts,
+              batch, lengths, LoRA. TRL's dtype is the one it is shipped with, or --trl_dtype
 """
 import argparse
 import os
@@ -35,7 +35,7 @@ from tree import (append_jsonl, arguments, at_least, micro_batches, pack, rng,  
 
 LR = 1e-6  # of the updates that are timed
 FORWARDED = ("model", "trees", "batch_size", "group_size", "new_tokens", "max_prompt",
-             "micro_tokens", "threads", "dtype", "trl_dtype")  # also those of part 6's processes
+             "micro_tokens", "threads", "dtype", "trl_dtype")  # also those of part 5's processes
 
 
 # ---- Timing --------------------------------------------------------------------------------------
@@ -154,7 +154,8 @@ def their_generate(run, prompts, args):
         ids[k, longest - len(prompt):] = torch.tensor(prompt)
         mask[k, longest - len(prompt):] = 1
     shortest = 0 if args.natural else args.new_tokens
-    with torch.no_grad():
+    bf16 = model.dtype == torch.bfloat16  # generate goes past our own autocast, see evaluate.py
+    with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
         model.generate(
             input_ids=ids.to(model.device), attention_mask=mask.to(model.device), do_sample=True,
             temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0, pad_token_id=pad,
@@ -318,7 +319,7 @@ def parse_args():
         help="let completions end where the model ends them, instead of all at --new_tokens")
     add("--pairs", type=count, default=7, help="how often each comparison is timed")
     add("--sizes", type=count, nargs="*", default=[4, 8, 16, 32, 64],
-        help="group sizes of part 5")
+        help="group sizes of part 4")
     add("--threads", type=count, default=os.cpu_count(), help="of PyTorch on the CPU")
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="as train.py's")
     add("--trl", action="store_true", help="compare whole steps with TRL, which must be installed")
@@ -342,24 +343,8 @@ def compare_slots(args, knobs, run, trees):
     return row
 
 
-def compare_steps(args, knobs, run, trees, floor):
-    """Part 4: TRL's steps and ours in turn, the first of each being the warm-up."""
-    prompts = []
-    for step in range(args.pairs + 1):
-        prompts += [s.prefix_ids for s in make_batch(run, trees, knobs, step)]
-    times = trl_steps(args, run.tokenizer, prompts, args.pairs + 1,
-                      lambda step: our_step(run, trees, knobs, step))
-    times = np.array(times[1:])  # (pairs, theirs and ours, rollout and update)
-    rows = [show("step: TRL -> ours", times.sum(2)),
-            show("its rollout and rewards: TRL -> ours", times[..., 0]),
-            show("its update: TRL -> ours", times[..., 1])]
-    if not args.natural:  # else nobody knows beforehand how many tokens there are
-        show_floor("a step, both together", floor, rows[0])
-    return rows
-
-
 def compare_sizes(args, knobs, run, trees):
-    """Part 5: the update of one group, larger and larger, of the tree with the most prefixes."""
+    """Part 4: the update of one group, larger and larger, of the tree with the most prefixes."""
     tree = max(trees[:200], key=lambda tree: len(tree.steps))
     rows = []
     for size in args.sizes:
@@ -372,6 +357,22 @@ def compare_sizes(args, knobs, run, trees):
         rows.append(compare(
             f"update, group of {size} ({padded} -> {packed} tokens)",
             updater(run, group, knobs, True), updater(run, group, knobs, False), args.pairs))
+    return rows
+
+
+def compare_steps(args, knobs, run, trees, floor):
+    """Part 6: TRL's steps and ours in turn, the first of each being the warm-up."""
+    prompts = []
+    for step in range(args.pairs + 1):
+        prompts += [s.prefix_ids for s in make_batch(run, trees, knobs, step)]
+    times = trl_steps(args, run.tokenizer, prompts, args.pairs + 1,
+                      lambda step: our_step(run, trees, knobs, step))
+    times = np.array(times[1:])  # (pairs, theirs and ours, rollout and update)
+    rows = [show("step: TRL -> ours", times.sum(2)),
+            show("its rollout and rewards: TRL -> ours", times[..., 0]),
+            show("its update: TRL -> ours", times[..., 1])]
+    if not args.natural:  # else nobody knows beforehand how many tokens there are
+        show_floor("a step, both together", floor, rows[0])
     return rows
 
 
@@ -407,15 +408,16 @@ def measure(args):
         show_floor("decoding, bytes of weights x steps / bandwidth of a copy, read and written",
                    generate_floor, generate)
     rows = [update, generate]
-    kinds = ["nothing", "padded", "packed", "generate", "ours"]
     if args.natural:
         rows.append(compare_slots(args, knobs, run, trees))
-    if args.trl:
-        rows += compare_steps(args, knobs, run, trees, update_floor + generate_floor)
-        kinds += ["trl_step", "our_step"]
     rows += compare_sizes(args, knobs, run, trees)
+    kinds = ["nothing", "padded", "packed", "generate", "ours"]
+    if args.trl:
+        kinds += ["trl_step", "our_step"]
     memory = {kind: peak(kind, args) for kind in kinds}
     print("peak memory, MiB: " + ", ".join(f"{kind} {memory[kind]:.0f}" for kind in kinds))
+    if args.trl:  # last, for this process keeps TRL's gigabytes
+        rows += compare_steps(args, knobs, run, trees, update_floor + generate_floor)
     return dict(device=str(model.device), padded=padded, packed=packed, gflops=flops / 1e9,
                 gbytes=bandwidth / 1e9, rows=rows, memory=memory)
 

@@ -23,8 +23,8 @@ from scipy import stats
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [HERE, os.path.dirname(HERE)]
-from sweep import (BEYOND, PLANNED_ROWS, RATES, REFERENCES, ROWS, SETS, UPDATES_ROWS,  # noqa: E402
-                   chosen_rate, first_lines, parse_line, rate_scores)
+from sweep import (BEYOND, FINE_TUNED, PLANNED_ROWS, RATES, REFERENCES, ROWS, SETS,  # noqa: E402
+                   UPDATES_ROWS, chosen_rate, first_lines, parse_line, rate_scores)
 from tree import InputError, arguments, read_jsonl, read_trees, run_command  # noqa: E402
 
 PLANNED = [  # comparisons named before the runs were made; each on both sets, in both METRICS
@@ -151,7 +151,7 @@ def read_sweep(path):
             line["lr"] = None
             continue
         line["search"] = search.get(job.set)
-        if "--group question" in ROWS[job.row] and job.row != "mcts_reinforce":
+        if "--group question" in ROWS[job.row] and FINE_TUNED not in ROWS[job.row]:
             line["search"] = 0
     return finished
 
@@ -468,7 +468,7 @@ def write_sweep(path, readme):
     Path(folder, "sweep.md").write_text("\n".join(lines), "utf-8")
     to = os.path.relpath(folder, os.path.dirname(os.path.abspath(readme)))
     replace_results(readme, [
-        *table(finished, [*REFERENCES, *PLANNED_ROWS], ["lr", *METRICS]),
+        *table(finished, [*REFERENCES, *ROWS], ["lr", *METRICS]),
         f"![Test accuracy, %, of every row]({to}/sweep.png)", "",
         SHORT_RULE, "", *short_table(comparisons),
         f"[Learning curves]({to}/curves.png), [all tables]({to}/sweep.md)."])

@@ -41,6 +41,9 @@ STUDENT = "data/arithmetic/student"
 TEACHER = "data/arithmetic/teacher"
 REFERENCES = {"untrained": STUDENT, "teacher": TEACHER}  # models that are scored as they are
 REINFORCE_KL = f"--group question --reward teacher --teacher {TEACHER}"
+TREE_OPO_KL = (f"--baseline expectation --teacher {TEACHER} --distill_coef 0.1 "
+               "--kl student_teacher")
+FINE_TUNED = " --teacher_adapter {out}/{set}-teacher"  # the teacher that prepare_teacher makes
 ROWS = {  # the flags of train.py; in the order in which they are run
     "grpo": "--group question --baseline grpo",
     "expectation": "--baseline expectation",
@@ -50,15 +53,15 @@ ROWS = {  # the flags of train.py; in the order in which they are run
     "optimistic": "--baseline optimistic",
     "pessimistic": "--baseline pessimistic",
     "qp_hard": "--baseline qp_hard",
-    "tree_opo_kl":
-        f"--baseline expectation --teacher {TEACHER} --distill_coef 0.1 --kl student_teacher",
+    "tree_opo_kl": TREE_OPO_KL,
     "gkd": f"--group question --reward none --distill_coef 1 --teacher {TEACHER}",
     "none": "--baseline none",
     "optimal_tree": "--baseline optimal_tree",
     "reinforce_kl": REINFORCE_KL,
     "reinforce_kl_baseline": f"{REINFORCE_KL} --critic {STUDENT} --gae_lambda 1",
     "actor_critic": f"{REINFORCE_KL} --critic {STUDENT} --gae_lambda 0.95",
-    "mcts_reinforce": REINFORCE_KL + " --teacher_adapter {out}/{set}-teacher",
+    "mcts_reinforce": REINFORCE_KL + FINE_TUNED,
+    "tree_opo_kl_tuned": TREE_OPO_KL + FINE_TUNED,
     "trace": "--group trace --baseline expectation",
     "grpo_clipped": "--group question --baseline grpo --epochs 2 --kl_coef 0.04",
     "tree_opo_clipped": "--baseline expectation --epochs 2 --kl_coef 0.04",
@@ -177,7 +180,7 @@ def run_script(script, *flags):
 
 
 def prepare_teacher(job, out):
-    """For mcts_reinforce: the teacher, fine-tuned on the successful traces of its own search
+    """For rows with FINE_TUNED: the teacher, fine-tuned on the successful traces of its own search
     (Sec. 4.3). Run again, it is done where the first time came to its end."""
     import fcntl
     folder = f"{out}/{job.set}-teacher"
@@ -204,7 +207,7 @@ def run(job, flags, args):
     said = os.open(f"{folder}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(said, 1)
     os.dup2(said, 2)
-    if job.row == "mcts_reinforce":
+    if FINE_TUNED in ROWS[job.row]:
         prepare_teacher(job, args.out)
     policy = ["--model", STUDENT, "--adapter", folder]
     if job.stage == "reference":
