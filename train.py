@@ -932,6 +932,7 @@ class Log:
         self.done_before = run.done(args)
         self.header_due = True
         self.rewarded = False
+        self.gap_said = False
         if run.rank > 0:
             return
         self.log = continue_log(args, "log.jsonl", run.step)
@@ -987,9 +988,11 @@ class Log:
             print("the gradient is not finite: this update is skipped")
         if row.get("dead") == 1 and row["grad_norm"] == 0:
             print("every group is dead: equal rewards, nothing to learn from")
-        if row.get("gap", 0.0) > 1e-2:
+        if row.get("gap", 0.0) > 1e-2 and not self.gap_said:
+            self.gap_said = True
             print(f"sampler and trainer differ by {row['gap']:.2g} nat a token: the update is of "
-                  "another policy than the one that sampled (--lora_dropout, or bf16 weights)")
+                  "another policy than the one that sampled (--lora_dropout, or bf16 weights, "
+                  "which come to 0.02); this is said once, the log has every step's gap")
         if run.step == 50 and not self.rewarded:
             print("no reward in 50 steps, which is nearly always the prompt or the grader: see "
                   f"{self.args.out}/rollouts.jsonl")
