@@ -441,8 +441,8 @@ def table(lines):
 def describe_groups(flat):
     """A sentence on the samples that a line of `flat` is made of, and one on their noise."""
     text = (f"{flat['groups']} groups of `--group {flat['group']}`, of {flat['problems']} "
-            f"problems: {100 * flat['solved']:.0f} % solved, {100 * flat['dead']:.0f} % of groups dead, "
-            f"{100 * flat['triplets']:.0f} % of the others with a triplet")
+            f"problems: {100 * flat['solved']:.0f} % solved, {100 * flat['dead']:.0f} % of groups "
+            f"dead, {100 * flat['triplets']:.0f} % of the others with a triplet")
     if flat["sat"] is not None:  # groups on questions have no constraints
         text += f"; flat satisfies {100 * flat['sat']:.0f} % of the order constraints"
     needed = f"{1 / flat['signal']:.0f}" if flat["signal"] else "an unknown number"
