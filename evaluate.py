@@ -62,7 +62,6 @@ ROOM = 16  # columns of keys and values allocated ahead, where the cache may gro
 EIGHTH = 8  # of its rows a decoder begins together, or has empty before it is laid out anew
 COMPILE = None  # True: --compile. False: --no_compile. None: a graph on CUDA, plain on a CPU
 COMPILER = dict(backend="inductor")  # of torch.compile
-BASE_WEIGHTS = "base_weights.json"  # beside an adapter: the checksum of the weights it is for
 
 
 # ---- Ranks ---------------------------------------------------------------------------------------
@@ -210,14 +209,9 @@ def load_tokenizer(model, adapter=None):
 
 
 def load_adapter(policy, model, adapter, trainable):
-    """The policy with a PEFT adapter on it. InputError where it belongs to another base."""
+    """The policy with a PEFT adapter on it. InputError where they do not fit."""
     weights = os.path.join(adapter, "adapter_model.safetensors")
-    note = os.path.join(adapter, BASE_WEIGHTS)
     try:
-        if os.path.exists(note):
-            with open(note, encoding="utf-8") as file:
-                if json.load(file)["crc32"] != base_checksum(policy):
-                    raise ValueError("it was trained on other weights.")
         with safe_open(weights, "pt") as file:
             saved = set(file.keys())
         with warnings.catch_warnings():  # peft only warns of weights without a place in the model
@@ -247,25 +241,13 @@ def multiply_in_bf16(policy):
 
 
 @torch.no_grad()
-def checksum(tensors, dtype=None):
-    """crc32 of a dictionary of tensors, cast to `dtype`, as text."""
+def checksum(model):
+    """crc32 of all weights of a model, as text."""
     total = 0
-    for name, tensor in sorted(tensors.items()):
-        tensor = tensor.to(dtype or tensor.dtype).contiguous().flatten()
+    for name, weight in sorted(model.state_dict().items()):
         total = crc32(name.encode(), total)
-        total = crc32(tensor.view(torch.uint8).cpu().numpy(), total)
+        total = crc32(weight.contiguous().flatten().view(torch.uint8).cpu().numpy(), total)
     return f"{total:08x}"
-
-
-def base_checksum(model):
-    """The checksum of the weights below an adapter, in bf16 however they were loaded."""
-    if isinstance(model, PeftModel):
-        model = model.get_base_model()
-    plain = {}
-    for name, weight in model.state_dict().items():
-        if ".default" not in name:  # what the adapter named "default" has of its own
-            plain[re.sub(r"\.(base_layer|original_module|token_adapter)\b", "", name)] = weight
-    return checksum(plain, torch.bfloat16)
 
 
 def load_critic(path, device):
@@ -1210,7 +1192,7 @@ def read_scores(path):
 def work_settings(model, encode_prefix, args, names):
     """What the rows of a file of work depend on: these flags, the weights, and how prompts read."""
     settings = {name: getattr(args, name) for name in names}
-    settings["weights"] = checksum(model.state_dict())
+    settings["weights"] = checksum(model)
     settings["prompt"] = prompt_checksum(encode_prefix)
     return settings
 

@@ -911,8 +911,6 @@ DAMAGE = {  # the file, what is done to it, what is said then
         ADAPTER, weights(lambda w: {n: x[:, :9] for n, x in w.items()}), "size mismatch"),
     "diverged adapter": (
         ADAPTER, weights(lambda w: {n: x * np.nan for n, x in w.items()}), "not finite numbers"),
-    "adapter of another model": (
-        WEIGHTS, weights(lambda w: {n: x * 2 for n, x in w.items()}), "trained on other weights"),
     "adapter config": (ADAPTER_CONFIG, write_text("{}"), "KeyError")}
 
 
@@ -922,12 +920,9 @@ def sound(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sound")
     tiny_folder(folder / "model")
     model, _ = evaluate.load(str(folder / "model"))
-    note = {"crc32": evaluate.base_checksum(model)}
     lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
     get_peft_model(model, lora).save_pretrained(folder / "adapter")
-    (folder / "adapter" / evaluate.BASE_WEIGHTS).write_text(json.dumps(note))
-    model, _ = evaluate.load(str(folder / "model"), str(folder / "adapter"))
-    assert evaluate.base_checksum(model) == note["crc32"]
+    evaluate.load(str(folder / "model"), str(folder / "adapter"))
     return folder
 
 
@@ -957,11 +952,10 @@ ADAPTERS = {
 @pytest.mark.parametrize("name", [*ADAPTERS, "IA3"])
 def test_adapters_that_could_not_be_folded_into_the_weights_work(tmp_path, name):
     """LoRA on one of two tied matrices was folded into both: 9 nat between sampler and trainer, and
-    lora_bias was a traceback. The weights below an adapter are the same with it and without."""
+    lora_bias was a traceback."""
     model, tokenizer = tiny(tie_word_embeddings=True)
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    below = evaluate.base_checksum(model)
     if name == "IA3":
         config = IA3Config(target_modules=["k_proj"], feedforward_modules=[])
     else:
@@ -974,7 +968,6 @@ def test_adapters_that_could_not_be_folded_into_the_weights_work(tmp_path, name)
     loaded, _ = evaluate.load(str(tmp_path / "model"), str(tmp_path / "adapter"))
     ids = torch.tensor([[5, 6, 7, 8]])
     assert torch.equal(loaded(ids).logits, tuned.eval()(ids).logits)
-    assert evaluate.base_checksum(loaded) == below
     assert sampler_and_trainer_differ_by(loaded, tokenizer, prompts_of(tokenizer)[2:6]) < 1e-4
 
 

@@ -261,7 +261,7 @@ class Run:
     tokenizer: object
     optimizer: object
     trainable: dict     # name -> weight that learns: the student's, then the critic's
-    contents: dict      # checksums of the trees and of the base weights, which a resume compares
+    contents: dict      # checksums of what was read, which a resume compares
     micro_tokens: int   # tokens a forward pass; less where memory has run out
     rank: int = 0
     world: int = 1
@@ -680,7 +680,7 @@ def set_up(args, rank, world, device):
     data = read(args.trees)
     for other in filter(None, (args.teacher, args.critic)):
         evaluate.check_vocabulary(other, args.model)
-    models, tokenizer, base_weights = load_models(args, device)
+    models, tokenizer, weights = load_models(args, device)
     encode = evaluate.encoder(tokenizer, args)
     if problems:
         prompts = [encode(problem["question"])[0] for problem in problems]
@@ -693,11 +693,8 @@ def set_up(args, rank, world, device):
         trainable |= {f"critic.{name}": p for name, p in models.critic.named_parameters()}
     betas = (0.9, 0.95 if args.objective == "sft" else 0.999)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=betas, weight_decay=0.0)
-    contents = {"base weights": base_weights, "trees": file_checksum(args.trees)}
-    contents["adapter's weights"] = ""
-    if args.adapter:
-        contents["adapter's weights"] = file_checksum(f"{args.adapter}/adapter_model.safetensors")
-    contents["prompts"] = evaluate.prompt_checksum(encode)
+    contents = dict(weights=weights, trees=file_checksum(args.trees),
+                    prompts=evaluate.prompt_checksum(encode))
     if problems:
         contents["held-out problems"] = f"{crc32(json.dumps(problems).encode()):08x}"
     run = Run(models, tokenizer, optimizer, trainable, contents, args.micro_tokens, rank, world)
@@ -713,12 +710,12 @@ def file_checksum(path):
 
 
 def load_models(args, device):
-    """(Models, the student's tokenizer, the checksum of its base). The student is what learns: an
-    adapter on it, or with --lora_rank 0 all of its weights."""
+    """(Models, the student's tokenizer, the checksum of the weights it starts from). The student is
+    what learns: an adapter on it, or with --lora_rank 0 all of its weights."""
     torch.manual_seed(args.seed)  # the fresh adapter's A, the critic's head
     student, tokenizer = evaluate.load(args.model, args.adapter, device, args.dtype,
                                        trainable=True)
-    base_weights = evaluate.base_checksum(student)
+    weights = evaluate.checksum(student)
     if args.lora_rank == 0:
         student = student.float().requires_grad_(True)
     elif not args.adapter:
@@ -732,7 +729,7 @@ def load_models(args, device):
         teacher, _ = evaluate.load(args.teacher, args.teacher_adapter, device, args.dtype)
         teacher.requires_grad_(False)
     critic = evaluate.load_critic(args.critic, device) if args.critic else None
-    return Models(student, teacher, critic), tokenizer, base_weights
+    return Models(student, teacher, critic), tokenizer, weights
 
 
 def encode_data(data, encode, tokenizer, student, args):
@@ -816,9 +813,6 @@ def save(run, args):
         with tempfile.TemporaryDirectory(dir=args.out) as aside:
             run.models.student.save_pretrained(aside)
             run.tokenizer.save_pretrained(aside)
-            if args.lora_rank > 0:  # an adapter: the base that it is for
-                with open(os.path.join(aside, evaluate.BASE_WEIGHTS), "w") as file:
-                    json.dump({"crc32": run.contents["base weights"]}, file)
             for name in os.listdir(aside):
                 target = os.path.join(args.out, name)
                 if os.path.isdir(target):  # such as additional chat templates
