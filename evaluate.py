@@ -35,7 +35,7 @@ import torch
 import torch.distributed as dist
 from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import safe_open
+from peft.utils import load_peft_weights
 from scipy.stats import binomtest
 from torch.nn.functional import scaled_dot_product_attention
 from tqdm import tqdm
@@ -210,22 +210,20 @@ def load_tokenizer(model, adapter=None):
 
 def load_adapter(policy, model, adapter, trainable):
     """The policy with a PEFT adapter on it. InputError where they do not fit."""
-    weights = os.path.join(adapter, "adapter_model.safetensors")
     try:
-        with safe_open(weights, "pt") as file:
-            saved = set(file.keys())
+        in_file = set(load_peft_weights(adapter, device="cpu"))
         with warnings.catch_warnings():  # peft only warns of weights without a place in the model
             warnings.simplefilter("ignore")
             policy = PeftModel.from_pretrained(policy, adapter, is_trainable=trainable)
         if policy.peft_config["default"].is_prompt_learning:
             raise ValueError("it adds to the prompt instead of changing weights.")
-        own = set(get_peft_model_state_dict(policy, save_embedding_layers=False))
-        strays = own - saved | {name for name in saved - own if ".lora_" in name}
+        in_model = set(get_peft_model_state_dict(policy, save_embedding_layers=False))
+        strays = in_model - in_file | {name for name in in_file - in_model if ".lora_" in name}
         if strays:
-            raise ValueError(f"the weights {sorted(strays)[:3]} stand in one of the two alone.")
+            raise ValueError(f"the weights {sorted(strays)[:3]} are in one of the two alone.")
     except Exception as error:
-        raise unusable(f"the adapter {adapter} on {model}", error, "a folder that train.py wrote, "
-                       "and its own base model") from None
+        raise unusable(f"the adapter {adapter} on {model}", error, "a folder that is there, such "
+                       "as train.py writes, or a hub name, and its own base model") from None
     return policy
 
 
@@ -415,22 +413,21 @@ def attention_masks(model, visible, query_position, key_position):
     query_position (B, Q), key_position (B, K)   places of the tokens in their own sequences
     """
     config = model.config.get_text_config()
-    kinds = {"full_attention"}
-    if getattr(config, "layer_types", None):
-        kinds = set(config.layer_types)
-    elif getattr(config, "sliding_window", None):
-        kinds = {"sliding_attention"}
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    if not kinds:
+        kinds = ["sliding_attention" if window else "full_attention"]
     masks = {}
-    for kind in kinds:
-        masks[kind] = visible
+    for kind in set(kinds):
+        mask = visible
         if kind == "sliding_attention":
             distance = query_position[:, None, :, None] - key_position[:, None, None, :]
-            masks[kind] = visible & (distance < config.sliding_window)
+            mask = visible & (distance < window)
         if config._attn_implementation == "eager":  # adds its mask to the scores
             lowest = torch.finfo(model.dtype).min
-            zeros = torch.zeros_like(masks[kind], dtype=model.dtype)
-            masks[kind] = zeros.masked_fill(~masks[kind], lowest)
-    return masks if len(masks) > 1 else next(iter(masks.values()))
+            mask = torch.zeros_like(mask, dtype=model.dtype).masked_fill(~mask, lowest)
+        masks[kind] = mask
+    return masks if len(masks) > 1 else mask
 
 
 def pad_rows(rows, model):
@@ -494,18 +491,11 @@ def predict(model, batch, temperature=1.0):
 
     The one place where logits meet ids: the id at place t of a sequence is predicted at t - 1.
     """
-    row_of = []
-    place = []
-    target = []
-    sample_of = []
+    tokens = []  # of each completion token: row, place of the one before it, id, sample
     for k, (sample, (r, path)) in enumerate(zip(batch.samples, paths_of(batch.rows))):
-        length = len(sample.completion_ids)
-        row_of += [r] * length
-        place += path[-length - 1:-1].tolist()
-        target += sample.completion_ids
-        sample_of += [k] * length
-    row_of, place, target, sample_of = torch.tensor([row_of, place, target, sample_of],
-                                                    device=model.device)
+        before = path[-len(sample.completion_ids) - 1:-1].tolist()
+        tokens += [(r, place, token, k) for place, token in zip(before, sample.completion_ids)]
+    row_of, place, target, sample_of = torch.tensor(tokens, device=model.device).T.contiguous()
     ids, position, mask = pad_rows(batch.rows, model)
     kept, column = place.unique(return_inverse=True)  # no other place has its logits computed
     logits = model(ids, attention_mask=mask, position_ids=position, use_cache=False,
@@ -515,10 +505,7 @@ def predict(model, batch, temperature=1.0):
 
 def paths_of(rows):
     """(number of the row, places in it) of each sequence, in the order of the samples."""
-    paths = []
-    for r, row in enumerate(rows):
-        paths += [(r, path) for path in row.paths]
-    return paths
+    return [(r, path) for r, row in enumerate(rows) for path in row.paths]
 
 
 def log_probs(predictions):
@@ -539,16 +526,15 @@ def divergence(logits, other, direction):
     q = torch.log_softmax(other[:, :shared], dim=-1)
     if direction == "teacher_student":
         p, q = q, p
-    kl_div = torch.nn.functional.kl_div  # takes the second distribution first
-    return kl_div(q, p, log_target=True, reduction="none").sum(-1)
+    return (p.exp() * (p - q)).sum(-1)
 
 
 def step_starts(tokenizer, ids):
-    """Where the reasoning steps of a completion begin: 0, and behind each blank line."""
+    """Where the reasoning steps of a completion begin: 0, and where text follows a blank line."""
     starts = [0]
     for t in range(1, len(ids)):
         step = tokenizer.decode(ids[starts[-1]:t])
-        if BLANK_LINE.search(step.lstrip()) and tokenizer.decode(ids[t:t + 1]).strip():
+        if BLANK_LINE.search(step.lstrip()) and decode(tokenizer, ids[t:t + 1]).strip():
             starts.append(t)
     return starts
 
@@ -1161,7 +1147,7 @@ def compare(first, second):
         difference, low, high = normal_interval(b - a, clusters_of(first))
         wins = int((b > a).sum())
         losses = int((b < a).sum())
-        p = binomtest(wins, max(wins + losses, 1)).pvalue if wins + losses else 1.0
+        p = binomtest(wins, max(wins + losses, 1)).pvalue
         lines.append(
             f"{name:>8}  {100 * a.mean():.1f} % -> {100 * b.mean():.1f} %, difference "
             f"{100 * difference:+.1f} points, 95 % [{100 * low:+.1f}, {100 * high:+.1f}]; "

@@ -545,6 +545,14 @@ def test_every_spelling_of_a_blank_line_ends_a_step(kind):
     assert {tokenizer.decode(row).strip() for row in out} == {"1 + 2 = 3."}
 
 
+def test_the_end_token_is_no_step_of_its_own():
+    """Behind a blank line it was one, and had the reward instead of the step before."""
+    _, tokenizer = tiny()
+    [step] = evaluate.encode_steps(tokenizer, ["1 + 2 = 3"])
+    assert evaluate.step_starts(tokenizer, [*step, tokenizer.eos_token_id]) == [0]
+    assert evaluate.step_starts(tokenizer, [*step, *step, tokenizer.eos_token_id]) == [0, len(step)]
+
+
 def test_a_special_token_in_a_question_is_text():
     _, tokenizer = tiny()
     prompt = evaluate.encode(tokenizer, "Ann has <eos> 1 pen .")[0]
@@ -876,9 +884,7 @@ def weights(change):
 
 
 def only_pickle(path):
-    names = {"model.safetensors": "pytorch_model.bin",
-             "adapter_model.safetensors": "adapter_model.bin"}
-    torch.save(load_file(path), path.with_name(names[path.name]))
+    torch.save(load_file(path), path.with_name("pytorch_model.bin"))
     path.unlink()
 
 
@@ -904,7 +910,6 @@ DAMAGE = {  # the file, what is done to it, what is said then
     "template": ("model/tokenizer_config.json",
                  fields(chat_template="{{ raise_exception('no') }}"), "TemplateError"),
     "adapter truncated": (ADAPTER, cut_off, "SafetensorError"),
-    "adapter pickled": (ADAPTER, only_pickle, "No such file"),
     "adapter of other layers": (ADAPTER, weights(add_layer), "alone"),
     "adapter of other modules": (ADAPTER_CONFIG, fields(target_modules=["up_proj"]), "alone"),
     "adapter of other shapes": (
@@ -969,6 +974,13 @@ def test_adapters_that_could_not_be_folded_into_the_weights_work(tmp_path, name)
     ids = torch.tensor([[5, 6, 7, 8]])
     assert torch.equal(loaded(ids).logits, tuned.eval()(ids).logits)
     assert sampler_and_trainer_differ_by(loaded, tokenizer, prompts_of(tokenizer)[2:6]) < 1e-4
+
+
+def test_an_adapter_is_looked_for_on_the_hub_too(sound, monkeypatch):
+    """A name was taken for a folder. The weights are asked for as the hub has them."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(InputError, match="adapter nobody/nothing .*LocalEntryNotFoundError"):
+        evaluate.load(f"{sound}/model", "nobody/nothing")
 
 
 def test_an_adapter_that_adds_to_the_prompt_is_refused(sound, tmp_path):

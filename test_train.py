@@ -334,6 +334,7 @@ REFUSED = [
     ("--temperature 0.5 --objective sft", "does nothing"),
     ("--alpha 0.1 --critic C", "does nothing"),
     ("--lora_rank 0 --lora_alpha 8", "trains all weights"),
+    ("--lora_rank 0 --dtype bfloat16", "trains all weights"),
     ("--chat_template_kwargs [1]", "invalid json_object"),
 ]
 
@@ -960,6 +961,16 @@ def test_other_families_are_trained(world, tmp_path, family):
     assert log(out)[0]["gap_max"] < 1e-4 and has_learnt(out)
 
 
+def test_weights_that_are_all_trained_are_not_rounded_first(world, monkeypatch):
+    """Where bf16 is fast they were loaded in it, and then trained in float32."""
+    args = train.parse_args(["--lora_rank", "0", "--model", f"{world}/policy"])
+    monkeypatch.setattr(evaluate, "choose_dtype", lambda *_: torch.bfloat16)
+    models, _, _ = train.load_models(args, torch.device("cpu"))
+    expected, _ = evaluate.load(f"{world}/policy", dtype="float32")
+    for weight, other in zip(models.student.parameters(), expected.parameters()):
+        assert torch.equal(weight, other) and weight.requires_grad
+
+
 class Clock:
     """Goes on by a second each time it is asked."""
     def __init__(self):
@@ -1111,7 +1122,7 @@ def test_resuming_with_moved_files(world):
          "--resume")
     assert [row["step"] for row in log(out)] == [1]
     for other in (["--adapter", second], []):
-        with pytest.raises(InputError, match="the adapter's weights are not those"):
+        with pytest.raises(InputError, match="the weights are not those"):
             here(world, "moved", *flags, *other, "--resume")
         gc.collect()
 

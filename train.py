@@ -209,8 +209,9 @@ def check_flags(args, given):
            "--adapter is trained as it is; --lora_rank, --lora_alpha, --lora_dropout do nothing.")
     refuse(args.kl_coef and not args.lora_rank,
            "--kl_coef compares with the student without its adapter; --lora_rank 0 has none.")
-    refuse(not args.lora_rank and {"lora_alpha", "lora_dropout"} & set(given),
-           "--lora_rank 0 trains all weights; --lora_alpha and --lora_dropout do nothing.")
+    refuse(not args.lora_rank and {"lora_alpha", "lora_dropout", "dtype"} & set(given),
+           "--lora_rank 0 trains all weights in float32; --lora_alpha, --lora_dropout and --dtype "
+           "do nothing.")
     used = dict(group=True, temperature=True, alpha=compares, mc_rollouts=args.baseline == "mc",
                 no_root=args.group != "question", kl=args.distill_coef,
                 critic_warmup=args.critic, gae_lambda=args.critic)  # and none of them by sft
@@ -593,14 +594,10 @@ def warm_up_critic(run, samples, args):
 def update(run, samples, args):
     """`--epochs` steps on the same batch. Returns accumulate's numbers of the first, and what is to
     be logged of them all."""
-    skipped = 0
-    for epoch in range(args.epochs):
-        stats, norm, is_finite = optimiser_step(run, samples, args)
-        skipped += not is_finite
-        if epoch == 0:
-            first = stats
-            row = dict(lr=args.lr * run.lr_share(args), grad_norm=norm)
-    return first, row | dict(skipped=skipped)
+    steps = [optimiser_step(run, samples, args) for _ in range(args.epochs)]
+    stats, norm, _ = steps[0]
+    skipped = sum(not is_finite for _, _, is_finite in steps)
+    return stats, dict(lr=args.lr * run.lr_share(args), grad_norm=norm, skipped=skipped)
 
 
 def lora_dropout(model, active):
@@ -713,11 +710,11 @@ def load_models(args, device):
     """(Models, the student's tokenizer, the checksum of the weights it starts from). The student is
     what learns: an adapter on it, or with --lora_rank 0 all of its weights."""
     torch.manual_seed(args.seed)  # the fresh adapter's A, the critic's head
-    student, tokenizer = evaluate.load(args.model, args.adapter, device, args.dtype,
-                                       trainable=True)
+    dtype = args.dtype if args.lora_rank else "float32"
+    student, tokenizer = evaluate.load(args.model, args.adapter, device, dtype, trainable=True)
     weights = evaluate.checksum(student)
     if args.lora_rank == 0:
-        student = student.float().requires_grad_(True)
+        student.requires_grad_(True)
     elif not args.adapter:
         student = get_peft_model(student, LoraConfig(
             r=args.lora_rank, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout,
@@ -841,8 +838,8 @@ def find_checkpoint(args):
         raise InputError(f"{path} is damaged ({error}); expected a checkpoint, or another --out "
                          "to start anew") from None
     for key, value in vars(args).items():
-        if key not in MAY_DIFFER and saved.get(key) != value:
-            raise InputError(f"the checkpoint in {args.out} is of --{key} {saved.get(key)}, not "
+        if key not in MAY_DIFFER and saved.get(key, value) != value:  # a fork may have new flags
+            raise InputError(f"the checkpoint in {args.out} is of --{key} {saved[key]}, not "
                              f"{value}; expected the same settings, or another --out")
     return checkpoint
 
@@ -925,7 +922,7 @@ class Log:
         self.begun = time.monotonic()
         self.done_before = run.done(args)
         self.header_due = True
-        self.rewarded = False
+        self.rewarded = run.step > 0  # or not known
         self.gap_said = False
         if run.rank > 0:
             return
