@@ -70,14 +70,6 @@ class Tree:
         return list(chain.from_iterable(self.ids[k] for k in self.path(node)))
 
 
-def chain_of(steps, reward):
-    """A trace as a search of one rollout: nodes in a chain."""
-    nodes = [{"parent": k - 1, "step": step, "visits": 1, "value": reward}
-             for k, step in enumerate(["", *steps])]
-    nodes[-1].update(terminal=True, ends_trace=True)
-    return nodes
-
-
 def parse_node(node, k):
     """Node k of a search or a tree, its step stripped. Raises InputError."""
     parent = get_field(node, "parent", int, f"the number of node {k}'s parent")
@@ -92,15 +84,18 @@ def parse_node(node, k):
     return {**node, "step": step}
 
 
-def parse_row(row, number):
+def parse_row(row, number=0):
     """A search, a tree or a trace -> (problem, nodes). Raises InputError."""
     if "nodes" in row:  # asked first, for a problem may have a field "steps" of its own
         own = ("nodes", "settings")
         nodes = get_field(row, "nodes", list, "the nodes of a search or a tree")
-    else:
+    else:  # a trace is a search of one rollout: nodes in a chain
         own = ("steps", "reward")
         steps = get_field(row, "steps", list, 'the steps of a trace (a search or tree has "nodes")')
-        nodes = chain_of(steps, get_field(row, "reward", (int, float), "the reward, 0 to 1"))
+        reward = get_field(row, "reward", (int, float), "the reward, 0 to 1")
+        nodes = [{"parent": k - 1, "step": step, "visits": 1, "value": reward}
+                 for k, step in enumerate(["", *steps])]
+        nodes[-1].update(terminal=True, ends_trace=True)
     if not nodes or not all(isinstance(node, dict) for node in nodes):
         raise InputError(f"the nodes are {shorten(nodes)}; expected objects, the question's first")
     problem = parse_problem({name: row[name] for name in row if name not in own})
@@ -137,7 +132,7 @@ def merge(sources):
 
 def build(rows):
     """Searches, traces and trees, objects as in their files -> [Tree], one a problem."""
-    return merge(parse_row(row, number) for number, row in enumerate(rows, 1))
+    return merge(map(parse_row, rows))
 
 
 def read_trees(paths):
