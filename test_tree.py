@@ -615,7 +615,7 @@ def test_the_command_merges_files_and_draws(tmp_path):
 
 def test_what_a_run_has_to_work_with():
     """A chain has no siblings, and a group of 8 on fewer prefixes repeats them: nobody said how
-    many there were. A level that no rollout went through has no success."""
+    many there were."""
     wide = Tree(PROBLEM, [""] + [f"step {k}" for k in range(7)], [-1] + [0] * 7, [7] + [1] * 7,
                 [3.5] + [0.5] * 7)
     chain = Tree(PROBLEM, ["", "a", "b"], [-1, 0, 1], [1, 1, 0], [1.0, 0.0, 0.0])
@@ -629,11 +629,10 @@ def test_what_a_run_has_to_work_with():
         "    1         10   46.9%",
         "    2          2   80.0%",
         "    3          2   40.0%"]
-    assert tree.summary([chain]).splitlines()[-1] == "    2          1   –"
 
 
 def test_a_wrong_out_destroys_nothing(tmp_path):
-    """A search of many hours was replaced by its own trees; so was another one, and a pipe."""
+    """A search of many hours was replaced by its own trees; so was another one."""
     one = write(tmp_path, SEARCH)
     two = write(tmp_path, SEARCH, name="two.jsonl")
     notes = write(tmp_path, "my notes", name="notes")

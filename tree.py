@@ -504,10 +504,7 @@ def summary(trees):
     visits = np.bincount(depth, np.concatenate([tree.visits for tree in trees]))
     value = np.bincount(depth, np.concatenate([tree.value for tree in trees]))
     for d, prefixes in enumerate(np.bincount(depth)):
-        success = "–"
-        if visits[d] > 0:
-            success = f"{value[d] / visits[d]:.1%}"
-        lines.append(f"{d:5d} {prefixes:10d}   {success}")
+        lines.append(f"{d:5d} {prefixes:10d}   {value[d] / max(visits[d], 1):.1%}")
     return "\n".join(lines)
 
 
