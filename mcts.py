@@ -271,7 +271,6 @@ def main():
     evaluate.COMPILE = args.compile
 
     problems = tree.read_problems(args.data, args.limit)
-    tree.make_folder(args.out)
     rank, world, device = evaluate.distributed()
     if rank == 0:
         held = tree.lock(args.out)  # to the end: two runs at once would search everything twice
