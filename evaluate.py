@@ -2,7 +2,7 @@
 A policy: load it, write its prompts, sample its completions, and score it on a data set.
 
 What differs from `model.generate`:
-1. Tokens that prompts share are prefilled once, for the prefixes of a tree share most of theirs.
+1. Prompts of one tree share most of their tokens: each shared token is prefilled once.
 2. Each completion has random numbers of its own: it depends on its seed, not on its neighbours.
 3. Completions are lists of the ids that were sampled, end token kept: they are trained on as they
    are. All sampling knobs are set; of the model's own generation_config only the end ids are read.
@@ -58,8 +58,8 @@ warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|p
 INSTRUCTION = ("Solve the problem step by step. Separate the steps by blank lines. "
                "End with \"The answer is \\boxed{...}.\"")
 FIXED_DATE = "{% macro strftime_now(format) %}01 Jan 2025{% endmacro %}{{ '' }}"
-ROOM = 16  # columns of keys and values allocated ahead, where the cache may grow
-EIGHTH = 8  # of its rows a decoder begins together, or has empty before it is laid out anew
+ROOM = 16  # spare columns of a cache that may grow
+EIGHTH = 8  # completions begin, and empty rows go, once they are an eighth of the rows
 COMPILE = None  # True: --compile. False: --no_compile. None: a graph on CUDA, plain on a CPU
 COMPILER = dict(backend="inductor")  # of torch.compile
 
@@ -116,7 +116,7 @@ def add_device_flags(add):
 
 
 def is_small(model):
-    """Such as the embedded models."""
+    """Fewer than 20 million weights: neither bf16 nor a second thread gains anything."""
     return model.num_parameters() < 2e7
 
 
@@ -140,7 +140,7 @@ def load(model, adapter=None, device="cpu", dtype="auto", trainable=False):
     model      a folder that save_pretrained wrote, or a name on the hub; safetensors alone are read
     dtype      "auto" (see choose_dtype), "float32" or "bfloat16"; an adapter is float32
     trainable  whether the adapter is to be trained further
-    Raises InputError where there is no such model, or one that could not be sampled rightly.
+    Raises InputError where there is no such model, or one whose attention cannot be packed.
     """
     device = torch.device(device)
     policy = load_weights(AutoModelForCausalLM, model, dtype, device)
@@ -162,7 +162,8 @@ def load(model, adapter=None, device="cpu", dtype="auto", trainable=False):
 
 def load_weights(auto_class, path, dtype, device, new_weights=(), **how):
     """`auto_class.from_pretrained(path)`; InputError unless every weight comes from its files, but
-    for `new_weights`, such as a fresh value head's. It is to be moved to `device`."""
+    for `new_weights`, such as a fresh value head's. The dtype is chosen for `device`; the model is
+    still on the CPU."""
     if path.startswith((".", "/")) and not os.path.isdir(path):
         raise InputError(f"there is no folder {path}; expected one of a model, or a hub name")
     try:
@@ -228,7 +229,7 @@ def load_adapter(policy, model, adapter, trainable):
 
 
 def multiply_in_bf16(policy):
-    """Where the base is bf16, LoRA's products are too, by autocast. Its weights stay float32."""
+    """On a bf16 base, multiply LoRA's float32 weights in bf16, too: autocast."""
     if policy.dtype != torch.bfloat16:
         return
     for module in policy.modules():
@@ -320,9 +321,9 @@ def render(tokenizer, turns, **how):
 def encode_steps(tokenizer, steps, closing=JOIN):
     """The ids of each step with its closing blank line.
 
-    A step is encoded on its own, so that "is a prefix of" holds for ids as it does for text. It
-    stands behind a blank line, as it does in a prefix, since some tokenizers (SentencePiece) put a
-    mark of their own before whatever opens a text.
+    Each step is tokenised alone, so that prefixes which share steps share their ids. It is done
+    behind a blank line, whose ids are cut off again, since SentencePiece puts a mark of its own
+    before whatever opens a text.
     """
     if not steps:
         return []
@@ -332,7 +333,7 @@ def encode_steps(tokenizer, steps, closing=JOIN):
     for k, step in enumerate(steps):
         if encoded[k][:len(before)] == before:
             encoded[k] = encoded[k][len(before):]
-        else:  # a blank line before text has another spelling; such tokenizers put no mark
+        else:  # this tokenizer merges the blank line with the text; it puts no mark
             encoded[k] = tokenize(step + closing)["input_ids"]
     return encoded
 
@@ -350,7 +351,7 @@ def turn_end(tokenizer):
     if tokenizer.chat_template:
         turns = [{"role": "user", "content": "1 + 1"}, {"role": "assistant", "content": "It is 2"}]
         behind = render(tokenizer, turns).rpartition("It is 2")[2]
-        added = tokenizer.added_tokens_decoder  # all_special_ids are those that have a name alone
+        added = tokenizer.added_tokens_decoder  # all_special_ids lacks those without a role
         for token in tokenizer(behind, add_special_tokens=False)["input_ids"]:
             if token in added and added[token].special:
                 return token
@@ -386,8 +387,8 @@ def check_prompts(model, prompts, max_new_tokens):
 
 # ---- Attention -----------------------------------------------------------------------------------
 def grouped_attention(module, query, key, value, attention_mask, scaling=None, **how):
-    """transformers' sdpa attention, but where each row has one token: there the query heads that
-    share a key become queries of one head, and no key is copied for each of them.
+    """transformers' sdpa attention. But where each row has one token, the query heads that share a
+    key become queries of one head, so that no key is copied.
 
     query (B, heads, Q, head_dim), key and value (B, groups, K, head_dim), mask (B, 1, Q, K)
     """
@@ -425,7 +426,8 @@ def attention_masks(model, visible, query_position, key_position):
             mask = visible & (distance < window)
         if config._attn_implementation == "eager":  # adds its mask to the scores
             lowest = torch.finfo(model.dtype).min
-            mask = torch.zeros_like(mask, dtype=model.dtype).masked_fill(~mask, lowest)
+            zeros = torch.zeros_like(mask, dtype=model.dtype)
+            mask = zeros.masked_fill(~mask, lowest)
         masks[kind] = mask
     return masks if len(masks) > 1 else mask
 
@@ -471,9 +473,9 @@ def check_tree_masks(model, path):
 
 
 def row_tokens(model):
-    """How long a packed row may be. A token's products with the weights take 2 FLOP a weight; its
-    attention to L others takes 4 L hidden_size a layer. At this L the second is half of the
-    first."""
+    """How long a packed row may be: at this length attention takes half as much as the products
+    with the weights. Those take 2 FLOP a weight for each token, attention to L others 4 L
+    hidden_size for each layer."""
     config = model.config.get_text_config()
     weights = sum(p.numel() for p in model.parameters())
     return weights // (4 * config.hidden_size * config.num_hidden_layers)
@@ -494,7 +496,8 @@ def predict(model, batch, temperature=1.0):
     tokens = []  # of each completion token: row, place of the one before it, id, sample
     for k, (sample, (r, path)) in enumerate(zip(batch.samples, paths_of(batch.rows))):
         before = path[-len(sample.completion_ids) - 1:-1].tolist()
-        tokens += [(r, place, token, k) for place, token in zip(before, sample.completion_ids)]
+        for place, token in zip(before, sample.completion_ids):
+            tokens.append((r, place, token, k))
     row_of, place, target, sample_of = torch.tensor(tokens, device=model.device).T.contiguous()
     ids, position, mask = pad_rows(batch.rows, model)
     kept, column = place.unique(return_inverse=True)  # no other place has its logits computed
@@ -505,7 +508,10 @@ def predict(model, batch, temperature=1.0):
 
 def paths_of(rows):
     """(number of the row, places in it) of each sequence, in the order of the samples."""
-    return [(r, path) for r, row in enumerate(rows) for path in row.paths]
+    paths = []
+    for r, row in enumerate(rows):
+        paths += [(r, path) for path in row.paths]
+    return paths
 
 
 def log_probs(predictions):
@@ -563,7 +569,7 @@ def with_less_memory(work, size):
         except RuntimeError as error:
             if not is_out_of_memory(error) or size == 1:
                 raise
-        size = size // 2  # outside of `except`, where the traceback holds what failed
+        size = size // 2  # after `except`, in which the traceback keeps the tensors alive
         forget_steps()
         print(f"out of memory; going on with {size} at a time, the same results", flush=True)
 
@@ -612,8 +618,9 @@ def generate(model, tokenizer, prompts, max_new_tokens, temperature=1.0, seeds=N
 
 
 def shared_rows(prompts):
-    """Put prompts that share at least half of their tokens, so that sharing pays for the longer
-    row, into one: lists of numbers of prompts. The longest come first, which begin together."""
+    """Which prompts to pack into one row: lists of their numbers. A prompt joins the one before it,
+    in sorted order, where they share half of its tokens or more; else the longer row would cost
+    more than is saved. The longest come first, so that they begin together."""
     rows = []
     for k in sorted(range(len(prompts)), key=lambda k: prompts[k]):
         if rows:
@@ -686,8 +693,8 @@ def next_logits(model, cache, last, position):
     last, position (N,) the last id of each, and its place in its sequence
     """
     layer = cache.layers[0]
-    # (C,) columns, counted from the one that is written now: those below 0 hold the past. Where
-    # column 5 is written and it is the token at place 3, columns 2 to 5 hold the places 0 to 3
+    # (C,) how far each column is from the one that is written now: -1 holds the token before. Where
+    # column 5 is written with the token at place 3, columns 2 to 5 hold the places 0 to 3
     offset = torch.arange(layer.max_cache_len, device=last.device) - layer.cumulative_length
     place = offset + position[:, None]  # of what each column holds, in its sequence (N, C)
     visible = (place >= 0) & (offset <= 0)
@@ -719,12 +726,12 @@ class Completion:
 @cache
 def compiled_logits():
     """`next_logits`, compiled anew for each model, number of rows and number of columns."""
-    torch._dynamo.config.cache_size_limit = 64  # of these
+    torch._dynamo.config.cache_size_limit = 64  # combinations of them
     return torch.compile(next_logits, fullgraph=True, dynamic=False, **COMPILER)
 
 
 class Step:
-    """A cache of so many rows and columns, and the computation of a token for each row.
+    """A static cache of keys and values, and one step of decoding on it.
 
     recorded   whether its kernels are recorded as a CUDA graph at the first call, and replayed. A
                graph reads the weights where they were: it sees what the optimiser has changed in
@@ -793,9 +800,9 @@ class Step:
 
 @cache
 def recorder():
-    """What all graphs share: a small one that owns their memory, and the stream on which they are
-    recorded. To share memory is safe: `Decoder.sample` copies what one has found before another is
-    replayed."""
+    """What all graphs share: an empty graph that owns their memory, and the stream on which they
+    are recorded. To share memory is safe: `Decoder.sample` copies what one has found before another
+    is replayed."""
     stream = torch.cuda.Stream()
     keeper = torch.cuda.CUDAGraph()
     with torch.cuda.graph(keeper, stream=stream, capture_error_mode="thread_local"):
@@ -836,7 +843,7 @@ class Decoder:
         self.waiting = deque()
         self.rows = []       # a Completion, or None where one has ended
         self.now = None      # the Step for these rows
-        self.used = 0        # columns of its cache
+        self.used = 0        # columns of its cache that are filled
         self.kept = {}       # (rows, columns) -> Step, where they are static
         if self.static:
             self.kept = KEPT.pop(model, {})
@@ -861,8 +868,8 @@ class Decoder:
         """Sample one token in every row. Returns the completions that ended with it.
 
         Where memory runs out all that was under way is begun anew in half as many slots. Where a
-        step cannot be compiled it is recorded, and where that fails it is plain. The same will be
-        sampled again.
+        step cannot be compiled it is recorded, and where that fails it is plain. The completions
+        are the same: each depends on its seed alone.
         """
         global COMPILE
         if not (self.waiting or any(self.rows)):
@@ -884,7 +891,7 @@ class Decoder:
                 self.static = COMPILE is None
             else:
                 raise
-        self.begin_anew()  # outside of `except`, where the traceback holds what failed
+        self.begin_anew()  # after `except`, in which the traceback keeps the tensors alive
         return []
 
     def begin_anew(self):
@@ -1053,10 +1060,10 @@ def judge(problem, completions, tokenizer, ends):
 
 
 def mean_interval(values, clusters):
-    """Mean and 95 % interval of one figure a problem, from 0 to 1: (mean, low, high).
+    """Mean and 95 % interval of one figure for each problem, from 0 to 1: (mean, low, high).
 
-    clusters   of each problem: instances of one template are not independent. Where all are alone,
-               a share has Wilson's interval (1927), which is honest at 0 and at 1.
+    clusters   of each problem: instances of one template are not independent. Where each is alone
+               in its cluster, a share has Wilson's interval (1927), which is not empty at 0 or 1.
     """
     values = np.array(values, float)
     if len(set(clusters)) == len(values) and set(values) <= {0.0, 1.0}:
@@ -1066,11 +1073,11 @@ def mean_interval(values, clusters):
 
 
 def normal_interval(values, clusters):
-    """The same of any figure, such as a difference, from the variance between clusters."""
+    """The same for any figure, such as a difference: from the variance between clusters."""
     mean = np.mean(values)
     names, cluster = np.unique(clusters, return_inverse=True)
     count = len(names)
-    deviation = np.bincount(cluster, values - mean)  # summed a cluster
+    deviation = np.bincount(cluster, values - mean)  # summed in each cluster
     variance = np.sum(deviation ** 2) * count / max(count - 1, 1)
     half = 1.96 * np.sqrt(variance) / len(values)
     return mean, mean - half, mean + half
@@ -1176,7 +1183,8 @@ def read_scores(path):
 
 
 def work_settings(model, encode_prefix, args, names):
-    """What the rows of a file of work depend on: these flags, the weights, and how prompts read."""
+    """What the rows of an output file depend on: these flags, the weights, and how prompts read. A
+    file that is continued must have the same."""
     settings = {name: getattr(args, name) for name in names}
     settings["weights"] = checksum(model)
     settings["prompt"] = prompt_checksum(encode_prefix)

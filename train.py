@@ -11,9 +11,8 @@ What differs from textbook GRPO:
    tokens and a mean over samples.
 4. A group is one packed row: what its samples share is computed once (tree.pack).
 
-The other methods of Tables 1 and 2 differ in what a completion (`compare_groups`) or each of its
-steps (`credit_steps`) is credited with, in how log-probs are weighted (`surrogate`), and in a KL
-term (`evaluate.divergence`).
+The other methods of Tables 1 and 2 change the advantage of a completion (`compare_groups`) or of
+its steps (`credit_steps`), weigh log-probs (`surrogate`), or add a KL term (`evaluate.divergence`).
 """
 import argparse
 import json
@@ -71,13 +70,13 @@ PRESETS = {
 }
 CLIP = 0.2             # how far the probability ratio may leave 1 where there are several epochs
 MAX_WEIGHT = 10.0      # largest importance weight of a teacher's completion (Sec. 3.1)
-DISTILL_LR = 5e-4      # in both presets the default where --reward is not the task's (Table 3)
+DISTILL_LR = 5e-4      # the default of --lr where the reward is not the task's (Table 3)
 CRITIC_LR = 1e-3       # of all the critic's weights
 GAMMA = 0.95           # discount a reasoning step, of step rewards and in GAE (Table 3)
 WARMUP = 0.03          # share of the run in which the learning rate rises
 ROLLOUTS_EVERY = 10    # steps between samples written to rollouts.jsonl
 MAX_GRAD_NORM = 1.0    # longer gradients are clipped
-MAY_DIFFER = (            # where a run is resumed; files are compared by what is in them
+MAY_DIFFER = (            # flags that --resume may change; of files the contents are compared
     "out", "resume", "preset", "eval_every", "save_every", "micro_tokens", "no_pack", "compile",
     "model", "adapter", "trees", "eval_data")
 
@@ -230,7 +229,7 @@ class Sample:
     sampler_logps: list = None       # (n,) of the completion's tokens
     tree: int = 0                    # number of its tree
     depth: int = 0                   # steps in its prefix
-    fresh: bool = False              # drawn for the baseline `mc` alone, not to learn from
+    fresh: bool = False              # a further one for the baseline `mc`, not trained on
     seed: tuple = ()                 # of its random numbers
     truncated: bool = False
     solved: bool = False             # the answer is right
@@ -248,8 +247,8 @@ class Models(NamedTuple):
 
 
 class Scale(NamedTuple):
-    """1 / (samples, completion tokens, reasoning steps) of the whole batch over all ranks, so that
-    neither micro-batches nor ranks change the objective."""
+    """What sums over samples, completion tokens and reasoning steps are multiplied by: 1 / their
+    number in the whole batch, so that neither micro-batches nor ranks change the objective."""
     sample: float
     token: float = 0.0
     step: float = 0.0
@@ -263,7 +262,7 @@ class Run:
     optimizer: object
     trainable: dict     # name -> weight that learns: the student's, then the critic's
     contents: dict      # checksums of what was read, which a resume compares
-    micro_tokens: int   # tokens a forward pass; less where memory has run out
+    micro_tokens: int   # tokens in a forward pass; halved where memory has run out
     rank: int = 0
     world: int = 1
     step: int = 0       # steps done
@@ -290,7 +289,7 @@ class Run:
 
 # ---- Roll out: prefixes, completions, rewards ----------------------------------------------------
 def draw(run, trees, args):
-    """The samples of one step, of all ranks alike, that are still to be completed.
+    """The samples of this step, still without completions, the same on every rank.
 
     Everything random derives from (seed, step, group), never from the rank or an earlier step: any
     number of ranks samples the same batch, and a resumed run replays nothing.
@@ -464,7 +463,7 @@ def surrogate(logps, old_logps, advantages, sample, args):
     old_logps   (n,) under the policy that sampled
     sample      (n,) which sample a token belongs to
     """
-    if args.behaviour == "teacher":  # Sec. 3.1; w A log pi, w constant, has w A's policy gradient
+    if args.behaviour == "teacher":  # Sec. 3.1; w has no gradient: this is an advantage of w A
         weight = log_weights(logps, old_logps, sample).clamp(max=math.log(MAX_WEIGHT)).exp()
         return weight[sample] * advantages * logps
     if args.epochs > 1:  # PPO's clipped ratio, a token at a time, as GRPO has it
@@ -519,8 +518,9 @@ def accumulate(models, samples, scale, args, micro_tokens, warm_up=False):
         + (V_phi(s) - target)^2 scale.step                                           (App. B)
 
     warm_up   train the critic alone
-    Returns lists of numbers: a loss a micro-batch; gap |log pi(sampler) - log pi(trainer)| and kl
-    a token; log_weight a sample. Where only advantages count, a sample without any costs no pass.
+    Returns lists of numbers: loss and critic_loss of each micro-batch; kl, and the gap |log
+    pi(sampler) - log pi(trainer)|, of each token; log_weight of each sample. Samples whose
+    advantages are all 0 are left out where nothing else is learnt from them.
     """
     stats = dict(loss=[], gap=[], kl=[], log_weight=[], critic_loss=[])
     if not (args.distill_coef or args.kl_coef or models.critic or args.behaviour == "teacher"):
@@ -542,7 +542,7 @@ def accumulate(models, samples, scale, args, micro_tokens, warm_up=False):
 
 
 def optimiser_step(run, samples, args, warm_up=False):
-    """One step of AdamW on the loss of the whole batch, this rank's samples being its part; with
+    """One step of AdamW on the whole batch, of whose gradient each rank computes its share; with
     warm_up, of the critic alone. Where the gradient is not finite, on whichever rank, all skip it.
 
     Returns accumulate's numbers, the gradient's norm, and whether the step was taken.
@@ -570,7 +570,7 @@ def optimiser_step(run, samples, args, warm_up=False):
     if is_finite:
         for group in groups:
             group["lr"] = group["peak_lr"] * (1 if warm_up else run.lr_share(args))
-        if warm_up:  # the student waits, and so do its moments
+        if warm_up:  # without a gradient AdamW leaves the student and its moments alone
             for p in groups[0]["params"]:
                 p.grad = None
         run.optimizer.step()
@@ -580,8 +580,8 @@ def optimiser_step(run, samples, args, warm_up=False):
 
 def warm_up_critic(run, samples, args):
     """Before the first update the critic alone learns the first batch, `--critic_warmup` times over
-    (Table 3: 20 epochs). Its targets, and in the end the advantages, are computed with each critic
-    anew. Returns the samples."""
+    (Table 3: 20 epochs). Targets and advantages are computed anew after each pass. Returns the
+    samples."""
     for _ in range(args.critic_warmup):
         _, _, is_finite = optimiser_step(run, samples, args, warm_up=True)
         if not is_finite:
@@ -670,7 +670,7 @@ def train(args):
 # ---- Set up. From here on it is housekeeping: data, models, checkpoints, logs. -------------------
 def set_up(args, rank, world, device):
     """(Run, training data, held-out problems), from scratch or where the checkpoint stands. Files
-    come before models: their errors are cheap."""
+    are read before models are loaded, so that mistakes show at once."""
     checkpoint = find_checkpoint(args) if args.resume else None
     problems = read_problems(args.eval_data) if args.eval_every else []
     read = read_solutions if args.objective == "sft" else read_trees
@@ -865,7 +865,7 @@ def restore(run, checkpoint, args):
 
 # ---- Logs: what a step has to say ----------------------------------------------------------------
 def mean(values, statistic=np.mean):
-    """The mean, or another statistic, of what is a number; nan where nothing is."""
+    """The mean, or another statistic, without None and nan; nan where nothing is left."""
     values = [value for value in values if value is not None and not math.isnan(value)]
     return float(statistic(values)) if values else math.nan
 
@@ -964,7 +964,7 @@ class Log:
             print(f"step {run.step}: greedy accuracy on {len(problems)} held-out problems "
                   f"{evaluate.percent(accuracy, low, high)}", flush=True)
         if run.done(self.args) == self.done_before:
-            self.begun = time.monotonic()  # what is left is reckoned from the first step
+            self.begun = time.monotonic()  # the ETA leaves out the first evaluation
 
     def step(self, row, samples, generated):
         """Log one step, print its line, and say what is probably wrong with the run."""
@@ -1036,8 +1036,8 @@ class Log:
 
 
 def continue_log(args, name, step):
-    """A log opened to append. A resumed run does the steps after its checkpoint again: their lines
-    go, and so does what cannot be read, such as a line that a power cut tore."""
+    """A log opened to append. The lines of steps after the checkpoint are dropped, for those steps
+    are done again; so is what cannot be read, such as a line that a power cut tore."""
     path = os.path.join(args.out, name)
     kept = []
     if os.path.exists(path):
