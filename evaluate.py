@@ -219,7 +219,8 @@ def load_adapter(policy, model, adapter, trainable):
         if policy.peft_config["default"].is_prompt_learning:
             raise ValueError("it adds to the prompt instead of changing weights.")
         in_model = set(get_peft_model_state_dict(policy, save_embedding_layers=False))
-        strays = in_model - in_file | {name for name in in_file - in_model if ".lora_" in name}
+        strays = in_model - in_file
+        strays |= {name for name in in_file - in_model if ".lora_" in name}
         if strays:
             raise ValueError(f"the weights {sorted(strays)[:3]} are in one of the two alone.")
     except Exception as error:
@@ -503,7 +504,8 @@ def predict(model, batch, temperature=1.0):
     kept, column = place.unique(return_inverse=True)  # no other place has its logits computed
     logits = model(ids, attention_mask=mask, position_ids=position, use_cache=False,
                    logits_to_keep=kept).logits  # (B, kept, V)
-    return Predictions(logits[row_of, column].float() / temperature, target, sample_of)
+    logits = logits[row_of, column].float() / temperature
+    return Predictions(logits, target, sample_of)
 
 
 def paths_of(rows):
@@ -540,7 +542,8 @@ def step_starts(tokenizer, ids):
     starts = [0]
     for t in range(1, len(ids)):
         step = tokenizer.decode(ids[starts[-1]:t])
-        if BLANK_LINE.search(step.lstrip()) and decode(tokenizer, ids[t:t + 1]).strip():
+        has_text = decode(tokenizer, ids[t:t + 1]).strip()
+        if BLANK_LINE.search(step.lstrip()) and has_text:
             starts.append(t)
     return starts
 
