@@ -844,6 +844,7 @@ class Decoder:
         self.static = model.device.type == "cuda" if COMPILE is None else COMPILE
         self.ends = set(eos_ids(model, tokenizer))
         self.waiting = deque()
+        self.closed = False  # whether no completion will be added
         self.rows = []       # a Completion, or None where one has ended
         self.now = None      # the Step for these rows
         self.used = 0        # columns of its cache that are filled
@@ -861,7 +862,8 @@ class Decoder:
         self.waiting.append(completion)
 
     def run(self):
-        """Yield each completion as it ends, until none is left."""
+        """Yield each completion as it ends, until none is left. None may be added meanwhile."""
+        self.closed = True
         while self.waiting or any(self.rows):
             yield from self.step()
         if self.static:
@@ -910,7 +912,8 @@ class Decoder:
         """`step`, as long as nothing goes wrong."""
         live = [k for k, row in enumerate(self.rows) if row]
         count = min(len(self.waiting), self.slots - len(live))
-        if EIGHTH * count < len(live):
+        all_others = self.closed and count == len(self.waiting)
+        if EIGHTH * count < len(live) and not all_others:
             count = 0  # wait for more: to begin one takes as long as to begin many
         new = list(islice(self.waiting, count))
         rows = self.row_count(len(live) + len(new))
@@ -1076,12 +1079,15 @@ def mean_interval(values, clusters):
 
 
 def normal_interval(values, clusters):
-    """The same for any figure, such as a difference: from the variance between clusters."""
+    """The same for any figure, such as a difference: from the variance between clusters. A single
+    cluster has no interval."""
     mean = np.mean(values)
     names, cluster = np.unique(clusters, return_inverse=True)
     count = len(names)
+    if count == 1:
+        return mean, math.nan, math.nan
     deviation = np.bincount(cluster, values - mean)  # summed in each cluster
-    variance = np.sum(deviation ** 2) * count / max(count - 1, 1)
+    variance = np.sum(deviation ** 2) * count / (count - 1)
     half = 1.96 * np.sqrt(variance) / len(values)
     return mean, mean - half, mean + half
 

@@ -196,6 +196,18 @@ def test_slots_are_refilled(monkeypatch):
     assert steps < 1.3 * sum(map(len, alone)) / 16
 
 
+def test_the_last_completions_begin_where_a_slot_is_free():
+    """The only one that waited had to wait until half of the others had ended."""
+    model, tokenizer = tiny()
+    decoder = evaluate.Decoder(model, tokenizer, 16)
+    decoder.ends = set()  # all come to their limits
+    for k in range(17):
+        limit = 2 if k == 0 else 30
+        decoder.add(evaluate.Completion(k, [5, 6], limit, 1.0, (0, k), False))
+    assert len(list(decoder.run())) == 17
+    assert decoder.room == 16 * (2 + 30)
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_samples_follow_the_models_distribution(temperature):
     """Also where the model's own generation_config asks for top-k, top-p and a penalty: such knobs
@@ -668,6 +680,7 @@ def test_intervals():
     once = evaluate.mean_interval(values, range(4))
     thrice = evaluate.mean_interval(np.repeat(values, 3), np.repeat(range(4), 3))
     assert thrice == pytest.approx(once)
+    assert np.isnan(evaluate.mean_interval(values, [0] * 4)[1:]).all()  # nothing to tell it from
     error = values.std(ddof=1) / 2
     assert once == pytest.approx((0.5, 0.5 - 1.96 * error, 0.5 + 1.96 * error))
 
