@@ -1324,6 +1324,7 @@ def test_killed_inside_what_is_slow(world, whole, monkeypatch, place):
         out = killed(world, f"in_{place}")
     here(world, f"in_{place}", "--resume")
     same_run(whole, out)
+    assert os.listdir(out / "checkpoint") == ["checkpoint.safetensors"]
 
 
 STATES = {

@@ -21,7 +21,6 @@ import os
 import shutil
 import signal
 import sys
-import tempfile
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -805,20 +804,22 @@ def save(run, args):
         args=json.dumps(vars(args)),
         contents=json.dumps(run.contents))
     path = checkpoint_path(args)
+    aside = os.path.join(args.out, "checkpoint", "aside")
     try:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=args.out) as aside:
-            run.models.student.save_pretrained(aside)
-            run.tokenizer.save_pretrained(aside)
-            for name in os.listdir(aside):
-                target = os.path.join(args.out, name)
-                if os.path.isdir(target):  # such as additional chat templates
-                    shutil.rmtree(target)
-                os.replace(os.path.join(aside, name), target)
-            save_file(state, os.path.join(aside, "checkpoint"), metadata)
-            with open(os.path.join(aside, "checkpoint"), "rb") as file:
-                os.fsync(file.fileno())
-            os.replace(os.path.join(aside, "checkpoint"), path)
+        shutil.rmtree(aside, ignore_errors=True)  # what a kill has left there
+        os.makedirs(aside)
+        run.models.student.save_pretrained(aside)
+        run.tokenizer.save_pretrained(aside)
+        for name in os.listdir(aside):
+            target = os.path.join(args.out, name)
+            if os.path.isdir(target):  # such as additional chat templates
+                shutil.rmtree(target)
+            os.replace(os.path.join(aside, name), target)
+        save_file(state, os.path.join(aside, "checkpoint"), metadata)
+        with open(os.path.join(aside, "checkpoint"), "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(os.path.join(aside, "checkpoint"), path)
+        os.rmdir(aside)
     except (SafetensorError, OSError) as error:
         raise InputError(f"step {run.step} cannot be saved in {args.out}: {error}; expected room. "
                          "Make some and --resume: the checkpoint before is intact") from None
