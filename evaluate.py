@@ -1098,7 +1098,9 @@ def majority(row):
     texts = zip(row["completions"][1:], row["truncated"][1:])
     answers = [extract_answer(text, strict=True) for text, is_cut in texts if not is_cut]
     answers = [answer for answer in answers if answer is not None]
-    votes = [sum(equal(answer, other) for other in answers) for answer in answers]
+    votes = []
+    for answer in answers:
+        votes.append(sum(equal(answer, other) for other in answers))
     return bool(votes) and equal(row["answer"], answers[int(np.argmax(votes))])
 
 

@@ -290,7 +290,9 @@ def make_problems(name, count, low, high, traps, seed, seen):
     while len(rows) < count:
         length = rng.randint(low, high)
         story = make_story(rng, length)
-        actions = [action for chain in story.chains for action in chain.actions]
+        actions = []
+        for chain in story.chains:
+            actions += chain.actions
         mostly_misread = [action for action in actions if action.misread > 0.5]
         if story.question not in seen and len(mostly_misread) >= traps:
             seen.add(story.question)

@@ -346,8 +346,8 @@ def short_table(comparisons):
     """The same for README: a line a planned pair, a column a set and metric; then what is not run.
     """
     measured = [one for one in comparisons if one.seeds > 1]
-    columns = [key for key in product(SETS, METRICS)
-               if any((one.set, one.metric) == key for one in measured)]
+    known = {(one.set, one.metric) for one in measured}
+    columns = [key for key in product(SETS, METRICS) if key in known]
     rows = []
     for first, second in PLANNED:
         marked = dict.fromkeys(columns, "–")

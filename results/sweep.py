@@ -138,7 +138,9 @@ def plan(finished, args):
     planned = [row for row in PLANNED_ROWS if row in args.rows]
     updates = [row for row in UPDATES_ROWS if row in args.rows]
     others = [row for row in ROWS if row in args.rows and row not in PLANNED_ROWS]
-    jobs = [Job(name, row, "reference", 0.0, 0) for row in REFERENCES for name in args.sets]
+    jobs = []
+    for row in REFERENCES:
+        jobs += [Job(name, row, "reference", 0.0, 0) for name in args.sets]
     for stage, rows in [("choose", planned), ("final", planned), ("updates", updates),
                         ("choose", others), ("final", others)]:
         for row, name in itertools.product(rows, args.sets):
