@@ -651,8 +651,9 @@ def prefill(model, prompts):
         packed.append(pack(pasts))
     ids, position, mask = pad_rows(packed, model)
     cache = DynamicCache()  # a plain one: with the model's config, sliding layers drop old tokens
+    nowhere = torch.zeros(0, dtype=torch.long, device=model.device)  # no logits are wanted
     model(ids, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True,
-          logits_to_keep=1)
+          logits_to_keep=nowhere)
     row_of = torch.zeros(len(prompts), 1, dtype=torch.long)
     place = torch.zeros(len(prompts), longest, dtype=torch.long)  # in the packed row
     for k, (r, path) in zip(chain(*rows), paths_of(packed)):

@@ -252,6 +252,16 @@ def test_every_distinct_prompt_token_is_computed_once():
     assert max(seen[1:]) <= 5
 
 
+def test_prefill_computes_no_logits():
+    """With logits_to_keep=1, PyTorch copied a bf16 output layer for each row: gigabytes."""
+    model, _ = tiny()
+    seen = []
+    model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    with torch.no_grad():
+        evaluate.prefill(model, [[5, 6, 7], [8, 9]])
+    assert [output.numel() for output in seen] == [0]
+
+
 @pytest.fixture
 def compiled(monkeypatch):
     """Steps are compiled, as on CUDA, but without inductor. Yields what PyTorch counted."""
