@@ -53,7 +53,7 @@ from tree import (BLANK_LINE, JOIN, InputError, append_jsonl, arguments, at_leas
                   shorten)
 
 logging.set_verbosity_error()
-warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
+warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|torch")
 
 INSTRUCTION = ("Solve the problem step by step. Separate the steps by blank lines. "
                "End with \"The answer is \\boxed{...}.\"")
@@ -164,7 +164,8 @@ def load_weights(auto_class, path, dtype, device, new_weights=(), **how):
     """`auto_class.from_pretrained(path)`; InputError unless every weight comes from its files, but
     for `new_weights`, such as a fresh value head's. The dtype is chosen for `device`; the model is
     still on the CPU."""
-    if path.startswith((".", "/")) and not os.path.isdir(path):
+    is_folder = path.startswith((".", "/")) or path.count("/") > 1  # a hub name has one
+    if is_folder and not os.path.isdir(path):
         raise InputError(f"there is no folder {path}; expected one of a model, or a hub name")
     try:
         dtype = choose_dtype(auto_class, path, device) if dtype == "auto" else getattr(torch, dtype)
@@ -272,8 +273,8 @@ def check_vocabulary(other, student):
 # ---- Prompts -------------------------------------------------------------------------------------
 def add_prompt_flags(add):
     """The flags that say how a question becomes a prompt. `add` is a parser's add_argument."""
-    add("--instruction", metavar="TEXT", help="stands behind each question; by default a built-in "
-        "sentence with a chat template, nothing without")
+    add("--instruction", metavar="TEXT", help="stands behind each question, in scoring as in "
+        "training; by default a built-in sentence with a chat template, nothing without")
     add("--chat_template_kwargs", type=json_object, default={}, metavar="JSON",
         help="for the chat template, such as '{\"enable_thinking\": false}'")
 
@@ -292,7 +293,8 @@ def encoder(tokenizer, args):
 def encode(tokenizer, question, steps=(), instruction=None, template_kwargs=None):
     """[ids of the prompt, ids of each step]: joined, a prefix that opens the assistant's turn.
 
-    To try another prompt format, change this function; the prompt must end where a step can begin.
+    To try another prompt format, change this function, with a chat template and without. The prompt
+    must end where a step can begin; `turn_end` says what closes a whole solution.
     """
     if instruction is None and tokenizer.chat_template:
         instruction = INSTRUCTION
@@ -372,9 +374,10 @@ def decode(tokenizer, ids):
     return tokenizer.decode(ids, skip_special_tokens=True)
 
 
-def check_prompts(model, prompts, max_new_tokens):
+def check_prompts(model, tokenizer, prompts, max_new_tokens):
     """InputError where a prompt is empty or does not fit the model's positions. Learned positions
-    end, so there the completion must fit as well; rotary ones go on beyond, if badly."""
+    end, so there the completion must fit as well; rotary ones go on beyond, if badly. Says so where
+    prompts hold words that the tokenizer lacks."""
     config = model.config.get_text_config()
     positions = getattr(config, "max_position_embeddings", None) or math.inf
     learned = not getattr(config, "rope_parameters", None)
@@ -384,6 +387,11 @@ def check_prompts(model, prompts, max_new_tokens):
         raise InputError(f"the prompts have {min(lengths)} to {max(lengths)} tokens, completions "
                          f"up to {max_new_tokens}; expected them to fit the {positions} positions "
                          "of the model")
+    unknown = tokenizer.unk_token_id
+    if unknown not in (None, tokenizer.bos_token_id, tokenizer.eos_token_id):
+        count = sum(unknown in prompt for prompt in prompts)
+        if count:
+            say(f"note: {count} of {len(prompts)} prompts hold words that the tokenizer lacks")
 
 
 # ---- Attention -----------------------------------------------------------------------------------
@@ -1096,13 +1104,18 @@ def normal_interval(values, clusters):
 def majority(row):
     """Whether the most frequent answer of the samples is right; equal answers vote together, and
     those of truncated samples do not vote."""
-    texts = zip(row["completions"][1:], row["truncated"][1:])
-    answers = [extract_answer(text, strict=True) for text, is_cut in texts if not is_cut]
-    answers = [answer for answer in answers if answer is not None]
+    answers = []
+    marks = []  # whether each is right
+    samples = zip(row["completions"][1:], row["truncated"][1:], row["correct"][1:])
+    for text, is_cut, is_right in samples:
+        answer = extract_answer(text, strict=True)
+        if answer is not None and not is_cut:
+            answers.append(answer)
+            marks.append(is_right)
     votes = []
     for answer in answers:
         votes.append(sum(equal(answer, other) for other in answers))
-    return bool(votes) and equal(row["answer"], answers[int(np.argmax(votes))])
+    return bool(votes) and marks[int(np.argmax(votes))]
 
 
 def summarise(rows):
@@ -1269,7 +1282,7 @@ def main():
     model, tokenizer = load(args.model, args.adapter, device, args.dtype)
     encode_prefix = encoder(tokenizer, args)
     prompts = [encode_prefix(problem["question"])[0] for problem in problems]
-    check_prompts(model, prompts, args.max_new_tokens)
+    check_prompts(model, tokenizer, prompts, args.max_new_tokens)
     settings = work_settings(model, encode_prefix, args, (
         "samples", "temperature", "max_new_tokens", "seed"))
     todo = unfinished(path, parse_score, settings, problems, rank, world)

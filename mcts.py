@@ -278,7 +278,7 @@ def main():
     encode = evaluate.encoder(tokenizer, args)
     prompts = [encode(problem["question"])[0] for problem in problems]
     # In the longest prefix, each of max_depth steps took a sample of its own.
-    evaluate.check_prompts(model, prompts, (args.max_depth + 1) * args.max_new_tokens)
+    evaluate.check_prompts(model, tokenizer, prompts, (args.max_depth + 1) * args.max_new_tokens)
     settings = evaluate.work_settings(model, encode, args, (
         "rollouts", "max_depth", "branch", "c_uct", "temperature", "max_new_tokens", "seed"))
     todo = evaluate.unfinished(args.out, parse_search, settings, problems, rank, world)

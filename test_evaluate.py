@@ -618,17 +618,20 @@ def test_prompts_do_not_depend_on_the_clock():
     assert text == "01 Jan 2025 Ann has 1 pen ."
 
 
-def test_prompts_that_do_not_fit_are_refused():
-    model, _ = tiny()
-    evaluate.check_prompts(model, [[7] * 256], 10)
+def test_prompts_that_do_not_fit_are_refused(capsys):
+    model, tokenizer = tiny()
+    evaluate.check_prompts(model, tokenizer, [[7] * 256], 10)
     with pytest.raises(InputError, match="257 tokens.*256 positions"):
-        evaluate.check_prompts(model, [[7] * 257], 10)
+        evaluate.check_prompts(model, tokenizer, [[7] * 257], 10)
     with pytest.raises(InputError, match="0 to 1 tokens"):
-        evaluate.check_prompts(model, [[7], []], 10)
+        evaluate.check_prompts(model, tokenizer, [[7], []], 10)
     learned = GPT2LMHeadModel(GPT2Config(n_positions=96, n_embd=32, n_layer=1, n_head=2))
-    evaluate.check_prompts(learned, [[7] * 86], 10)  # positions end: completions have to fit, too
+    evaluate.check_prompts(learned, tokenizer, [[7] * 86], 10)  # completions have to fit, too
     with pytest.raises(InputError, match="87 tokens, completions up to 10.*96 positions"):
-        evaluate.check_prompts(learned, [[7] * 87], 10)
+        evaluate.check_prompts(learned, tokenizer, [[7] * 87], 10)
+    assert "lacks" not in capsys.readouterr().out
+    evaluate.check_prompts(model, tokenizer, [tokenizer("Q: Ann")["input_ids"], [7]], 10)
+    assert "1 of 2 prompts hold words that the tokenizer lacks" in capsys.readouterr().out
 
 
 # ---- Scores --------------------------------------------------------------------------------------
@@ -658,12 +661,14 @@ def test_figures_of_a_scoring():
 
 
 def test_the_vote():
-    """1/2 and 0.5 are one answer, and what was truncated has no vote: three of the samples had come
-    to 3, and none of them was right."""
-    [row] = rows_of([[False] * 7], [["0", "3", "3", "3", "7", "1.0", "2/2"]])
+    """1.0 and 2/2 are one answer, and what was truncated has no vote: three of the samples had come
+    to 3, and none of them was right. What is right is what the grader said."""
+    [row] = rows_of([[False] * 5 + [True] * 2], [["0", "3", "3", "3", "7", "1.0", "2/2"]])
     assert not evaluate.majority(row)
     row["truncated"] = [False, True, True, True, False, False, False]
     assert evaluate.majority(row)
+    row["correct"] = [False] * 7
+    assert not evaluate.majority(row)
     row["truncated"] = [False] + [True] * 6
     assert not evaluate.majority(row)
 

@@ -385,7 +385,7 @@ def test_the_knobs_fit_on_two_pages(monkeypatch, capsys):
     assert "(0.0005 | 3e-05)" in " ".join(told.split())  # what each preset has
     parser = arguments("")
     train.add_flags(parser)
-    assert len(parser._actions) - 1 <= 44  # the first is --help
+    assert len(parser._actions) - 1 <= 50  # the first is --help
 
 
 @pytest.mark.parametrize("name, preset", train.PRESETS.items())
@@ -449,6 +449,7 @@ def test_a_reward_reads_the_problems_own_fields(world, monkeypatch):
     for line in rollouts:
         [k] = [k for k, question in enumerate(QUESTIONS) if line["prefix"].startswith(question)]
         assert line["reward"] == k + 0.25
+        assert (line["id"], line["answer"]) == (f"q{k}", trees[k].problem["answer"])
     assert len({line["reward"] for line in rollouts}) == 2
 
 
@@ -1274,6 +1275,19 @@ def test_resuming_with_other_settings_names_them(world, whole):
     here(world, "whole", "--resume", "--save_every", 2, "--micro_tokens", 100, "--no_pack")
 
 
+def test_resuming_with_the_new_flag_of_a_fork(world, whole, monkeypatch):
+    """A run of before the flag existed goes on with its default, and with nothing else."""
+    add_flags = train.add_flags
+
+    def more_flags(parser):
+        add_flags(parser)
+        parser.add_argument("--flavour", default="plain", help="of a fork")
+    monkeypatch.setattr(train, "add_flags", more_flags)
+    here(world, "whole", "--resume")
+    with pytest.raises(InputError, match="--flavour plain, not other"):
+        here(world, "whole", "--resume", "--flavour", "other")
+
+
 def test_killed_between_any_two_renames(world, whole, monkeypatch):
     """Between the adapter and its checkpoint, too: the same files as uninterrupted."""
     replace = os.replace
@@ -1485,7 +1499,7 @@ def test_warnings_of_a_sick_run(world, monkeypatch, capsys):
     """A sampler that is another policy than the trainer, and fifty steps without a reward."""
     here(world, "healthy", "--eval_every", 0)
     said = capsys.readouterr().out
-    assert "differ by" not in said and "no reward" not in said
+    assert "differ by" not in said and "nothing solved" not in said
     with monkeypatch.context() as patch:
         real = evaluate.log_probs
         patch.setattr(evaluate, "log_probs", lambda predictions: 1.1 * real(predictions))
@@ -1495,7 +1509,7 @@ def test_warnings_of_a_sick_run(world, monkeypatch, capsys):
     out = here(world, "unrewarded", "--eval_every", 0, "--steps", 51, "--batch_size", 4,
                "--save_every", 0, "--max_new_tokens", 4)
     said = capsys.readouterr().out
-    assert said.count("no reward in 50 steps") == 1 and "every group is dead" in said
+    assert said.count("nothing solved in 50 steps") == 1 and "every group is dead" in said
     assert not has_learnt(out)
 
 

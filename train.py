@@ -459,7 +459,8 @@ def surrogate(logps, old_logps, advantages, sample, args):
     """What to maximise, a number a token (n,). At ratio 1 each variant has the gradient of
     A log pi, the policy gradient of Sec. 3.4.
 
-    old_logps   (n,) under the policy that sampled
+    old_logps   (n,) under the policy that sampled, as the sampler computed them: with bf16 weights
+                they differ by 0.02 a token from `logps` before any update
     sample      (n,) which sample a token belongs to
     """
     if args.behaviour == "teacher":  # Sec. 3.1; w has no gradient: this is an advantage of w A
@@ -680,7 +681,7 @@ def set_up(args, rank, world, device):
     encode = evaluate.encoder(tokenizer, args)
     if problems:
         prompts = [encode(problem["question"])[0] for problem in problems]
-        evaluate.check_prompts(models.student, prompts, 2 * args.max_new_tokens)
+        evaluate.check_prompts(models.student, tokenizer, prompts, 2 * args.max_new_tokens)
     data = encode_data(data, encode, tokenizer, models.student, args)
     trainable = {name: p for name, p in models.student.named_parameters() if p.requires_grad}
     groups = [dict(params=list(trainable.values()), peak_lr=args.lr)]
@@ -748,7 +749,7 @@ def encode_data(data, encode, tokenizer, student, args):
     if not kept:
         raise InputError(f"{args.trees} has no prompt of at most {args.max_prompt} tokens; "
                          "expected shorter ones, or a larger --max_prompt")
-    evaluate.check_prompts(student, sequences, new_tokens)
+    evaluate.check_prompts(student, tokenizer, sequences, new_tokens)
     return kept
 
 
@@ -838,9 +839,12 @@ def find_checkpoint(args):
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path} is damaged ({error}); expected a checkpoint, or another --out "
                          "to start anew") from None
+    parser = arguments("")
+    add_flags(parser)
     for key, value in vars(args).items():
-        if key not in MAY_DIFFER and saved.get(key, value) != value:  # a fork may have new flags
-            raise InputError(f"the checkpoint in {args.out} is of --{key} {saved[key]}, not "
+        before = saved.get(key, parser.get_default(key))  # a fork may have a flag that is new
+        if key not in MAY_DIFFER and before != value:
+            raise InputError(f"the checkpoint in {args.out} is of --{key} {before}, not "
                              f"{value}; expected the same settings, or another --out")
     return checkpoint
 
@@ -923,8 +927,11 @@ class Log:
         self.begun = time.monotonic()
         self.done_before = run.done(args)
         self.header_due = True
-        self.rewarded = run.step > 0  # or not known
+        self.any_solved = run.step > 0  # or not known
         self.gap_said = False
+        self.problems = []
+        if args.objective != "sft":
+            self.problems = [tree.problem for tree in data]
         if run.rank > 0:
             return
         self.log = continue_log(args, "log.jsonl", run.step)
@@ -975,7 +982,7 @@ class Log:
         row["tokens_per_s"] = generated / (row["seconds_rollout"] + row["seconds_update"])
         self.write(row)
         self.print_progress(row)
-        self.rewarded = self.rewarded or row.get("reward") != 0
+        self.any_solved = self.any_solved or row.get("solved") != 0
         if row["skipped"]:
             print("the gradient is not finite: this update is skipped")
         if row.get("dead") == 1 and row["grad_norm"] == 0:
@@ -985,13 +992,15 @@ class Log:
             print(f"sampler and trainer differ by {row['gap']:.2g} nat a token: the update is of "
                   "another policy than the one that sampled (--lora_dropout, or bf16 weights, "
                   "which come to 0.02); this is said once, the log has every step's gap")
-        if run.step == 50 and not self.rewarded:
-            print("no reward in 50 steps, which is nearly always the prompt or the grader: see "
-                  f"{self.args.out}/rollouts.jsonl")
+        if run.step == 50 and not self.any_solved:
+            print("nothing solved in 50 steps, which is nearly always the prompt or the grader: "
+                  f"see {self.args.out}/rollouts.jsonl")
         if run.step % ROLLOUTS_EVERY == 1:
             for s in samples:
-                line = dict(step=run.step, group=s.group, node=s.node, depth=s.depth,
-                            solved=s.solved, reward=s.reward,
+                problem = self.problems[s.tree] if self.problems else {}
+                line = dict(step=run.step, group=s.group, id=problem.get("id"), node=s.node,
+                            depth=s.depth, answer=problem.get("answer"), solved=s.solved,
+                            reward=s.reward,
                             advantage=float(np.mean(s.advantages)), truncated=s.truncated,
                             prefix=run.tokenizer.decode(s.prefix_ids),
                             completion=run.tokenizer.decode(s.completion_ids))

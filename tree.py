@@ -103,9 +103,9 @@ def parse_row(row, number=0):
 
 
 def merge(sources):
-    """Pairs (problem, nodes) -> [Tree], one a problem. Equal prefixes are one node, which sums
-    visits and value. Left out are nodes without visits, those that end a solution or whose step
-    bears the answer, and all below them."""
+    """Pairs (problem, nodes) -> [Tree], one a problem, with the fields of its first pair. Equal
+    prefixes are one node, which sums visits and value. Left out are nodes without visits, those
+    that end a solution or whose step bears the answer, and all below them."""
     trees = {}   # problem id -> Tree
     places = {}  # (problem id, parent, step) -> node
     for problem, nodes in sources:
@@ -142,8 +142,8 @@ def read_trees(paths):
 
 
 def read_solutions(path):
-    """The solutions to learn from, [(question, steps)]: all traces of a file, and the rollouts of
-    its searches that came to a right answer. InputError where there are none."""
+    """The solutions to learn from, [(question, steps)]: all traces of a file, right or wrong, and
+    the rollouts of its searches that came to a right answer. InputError where there are none."""
     solutions = []
     for problem, nodes in read_jsonl(path, parse_row):
         for node in nodes[1:]:
@@ -154,7 +154,8 @@ def read_solutions(path):
                     node = nodes[node["parent"]]
                 solutions.append((problem["question"], [step for step in steps[::-1] if step]))
     if not solutions:
-        raise InputError(f"no solution in {path} came to a right answer; expected one or more")
+        raise InputError(f"no solution in {path} came to a right answer; expected traces, or "
+                         "searches in which one did (trees do not hold the ends of solutions)")
     return solutions
 
 

@@ -488,8 +488,10 @@ def is_correct(completion, answer, strict=False):
 def is_solved(text, problem):
     """Whether a completion solves a problem: what the search, training and scores ask.
 
+    text      of a completion, in the search of a whole solution
     problem   every field of its data file. A grader of another kind changes this function, and
-              the next two where its answers are no text.
+              the next two where its answers are no text. `extract_answer` leaves out a unit that
+              stands behind a number outside of a box.
     """
     return is_correct(text, problem["answer"], strict=True)
 
