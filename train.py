@@ -1000,8 +1000,8 @@ class Log:
                 problem = self.problems[s.tree] if self.problems else {}
                 line = dict(step=run.step, group=s.group, id=problem.get("id"), node=s.node,
                             depth=s.depth, answer=problem.get("answer"), solved=s.solved,
-                            reward=s.reward,
-                            advantage=float(np.mean(s.advantages)), truncated=s.truncated,
+                            reward=s.reward, advantage=float(np.mean(s.advantages)),
+                            truncated=s.truncated,
                             prefix=run.tokenizer.decode(s.prefix_ids),
                             completion=run.tokenizer.decode(s.completion_ids))
                 self.rollouts.write(json.dumps(line, ensure_ascii=False) + "\n")

@@ -67,7 +67,9 @@ def test_a_line_holds_the_run(out):
     assert line["lr"] == 1e-3 and line["updates"] == 2 and line["tokens"] == 230
     assert line["dead"] == [0.5, 0.0]
     assert line["solved_at_0"] == [0.0, None] and line["solved_at_2"] == [0.5, 0.5]
-    read_back = [[mark == "1" for mark in text] for text in line["correct"]]
+    read_back = []
+    for text in line["correct"]:
+        read_back.append([mark == "1" for mark in text])
     assert np.array_equal(np.transpose(read_back), marks(4, 0.5))
     assert line["steps"] == [2, 3] * 20
 
