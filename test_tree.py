@@ -1,6 +1,7 @@
 """Prefix trees against slow and obvious references, and what a user may do wrong. Each test tells
 of the bug it guards against."""
 import doctest
+import itertools
 import json
 import multiprocessing
 import os
@@ -18,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tree
+from advantage import order_constraints
 from tree import InputError, Tree, read_problems, read_trees, sample_group
 
 FINAL = ("The answer is 4.", "So \\boxed{4}", "#### 4", "Final answer: 4")  # these bear the answer
@@ -623,12 +625,29 @@ def test_what_a_run_has_to_work_with():
         "4 problems, 18 distinct prefixes, 4.5 a problem",
         "50.0% of the trees are chains, without a branch",
         "25.0% have 8 prefixes or more, enough for a group of 8",
+        "10.0% of groups of 8 can hold a triplet, if the rewards are such",
         "1 have no prefix but the question",
         "depth   prefixes   teacher's success (of visits)",
         "    0          4   50.0%",
         "    1         10   46.9%",
         "    2          2   80.0%",
         "    3          2   40.0%"]
+
+
+def test_a_group_can_hold_a_triplet_where_some_rewards_make_one():
+    """Against order_constraints for each of the 2^5 rewards of 200 groups of five."""
+    random_numbers = np.random.default_rng(0)
+    seen = []
+    for _ in range(200):
+        parent = [-1] + [int(random_numbers.integers(node)) for node in range(1, 9)]
+        group = random_numbers.integers(0, 9, 5).tolist()  # nodes may be drawn again
+        some = False
+        for solved in itertools.product([0, 1], repeat=5):
+            constraints = order_constraints(group, parent, solved)
+            some = some or len(constraints.triplet) + len(constraints.dropped) > 0
+        assert tree.can_hold_triplet(Tree(PROBLEM, parent=parent), group) == some
+        seen.append(some)
+    assert 40 < sum(seen) < 160
 
 
 def test_a_wrong_out_destroys_nothing(tmp_path):

@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
@@ -491,14 +491,33 @@ def show(tree, width):
     return "\n".join(lines)
 
 
+def can_hold_triplet(tree, group):
+    """Whether some rewards would order siblings of this group (Sec. 3.2): it has two, and a prefix
+    below one of them."""
+    group = set(group)
+    siblings = Counter(tree.parent[node] for node in group)
+    for node in group:
+        for above in tree.path(node)[:-1]:
+            if above in group and siblings[tree.parent[above]] > 1:
+                return True
+    return False
+
+
 def summary(trees):
     """What a run on these trees has to work with, as text."""
     count = len(trees)
+    draws = rng(0)
+    triplets = []
+    for tree in trees:
+        for _ in range(10):
+            group = sample_group(tree, 8, "tree", draws)
+            triplets.append(can_hold_triplet(tree, group.tolist()))
     sizes = np.array([len(tree.parent) for tree in trees])
     chains = [max(np.bincount(tree.parent[1:], minlength=1)) <= 1 for tree in trees]
     lines = [f"{count} problems, {sizes.sum()} distinct prefixes, {sizes.mean():.1f} a problem",
              f"{np.mean(chains):.1%} of the trees are chains, without a branch",
              f"{np.mean(sizes >= 8):.1%} have 8 prefixes or more, enough for a group of 8",
+             f"{np.mean(triplets):.1%} of groups of 8 can hold a triplet, if the rewards are such",
              f"{(sizes == 1).sum()} have no prefix but the question",
              "depth   prefixes   teacher's success (of visits)"]
     depth = np.concatenate([tree.depth() for tree in trees])
