@@ -726,11 +726,12 @@ def test_a_truncated_completion_is_never_correct():
             patch.object(evaluate, "is_solved", return_value=True):
         rows = list(evaluate.score(model, tokenizer, problems, 12, samples=8))
     assert [row["own"] for row in rows] == list(range(5))
-    cut = [flag for row in rows for flag in row["truncated"]]
-    assert 0 < sum(cut) < len(cut)
+    cut = []
     for row in rows:
+        cut += row["truncated"]
         assert row["correct"] == row["flexible"] == [not flag for flag in row["truncated"]]
         assert len(row["completions"]) == 9
+    assert 0 < sum(cut) < len(cut)
 
 
 def score_here(folder, *more, answer="1"):

@@ -24,7 +24,8 @@ from itertools import islice
 from numbers import Rational
 from zlib import crc32
 
-LONG, BITS = 400, 8192  # characters of an answer, bits of an exact number
+LONG = 400   # characters of an answer
+BITS = 8192  # of an exact number
 
 
 def respell(rules, text):
@@ -98,10 +99,12 @@ def extract_answer(text, strict=False):
     Words, as in "the answer is an integer", count where no other marker has an answer. Without a
     marker: None if strict, else the last number."""
     text = respell(CLEAN, text)
-    end, words = len(text), None
+    end = len(text)
+    words = None
     for marker in reversed(deque(MARKER.finditer(text), maxlen=30)):  # thirty empty ones: no answer
         if marker["box"]:
-            answer, at_once = in_box(text, marker.end(), end), True
+            answer = in_box(text, marker.end(), end)
+            at_once = True
         else:
             answer, at_once = in_sentence(text[marker.end():end])
         if answer and (at_once or marker["colon"]):
@@ -147,7 +150,8 @@ def in_sentence(text):
         answer = re.split("[,;]", clause)[0]  # "east, since" or "June 20"
         answer = "" if NO_ANSWER.match(answer) else answer
     elif CHANGED.search(clause):
-        answer, at_once = clause, False
+        answer = clause
+        at_once = False
     else:
         answer = formulas[0] if at_once else formulas[-1]
     answer = tidy(answer.translate(SHOW))
@@ -305,7 +309,8 @@ class Reader:
         """a, b = c, d < e"""
         trees = []
         while not trees or self.skip(","):
-            sides, signs = [self.expression(0)], []
+            sides = [self.expression(0)]
+            signs = []
             while self.rest[-1] in ("=", "<", ">", "<=", ">="):
                 signs.append(self.rest.pop())
                 sides.append(self.expression(0))
@@ -471,7 +476,8 @@ OPERATORS = {"+": Operator(1, 1, operator.add), "-": Operator(1, 1, operator.sub
              "^": Operator(6, 5, power), r"\of": Operator(8, 8, opaque),
              ":": Operator(1, 1, opaque), r"\mid": Operator(1, 1, opaque),
              r"\setminus": Operator(1, 1, opaque), r"\cross": Operator(1, 1, opaque)}
-OPEN, CLOSE = ("(", "[", "{", r"\{"), (")", "]", "}", r"\}")
+OPEN = ("(", "[", "{", r"\{")
+CLOSE = (")", "]", "}", r"\}")
 
 
 # ---- Comparing -----------------------------------------------------------------------------------
@@ -515,7 +521,8 @@ def operators(answer):
 
 def equal(gold, answer):
     """Are two answers the same, as text or as mathematics?"""
-    gold, answer = normalise(gold), normalise(answer)
+    gold = normalise(gold)
+    answer = normalise(answer)
     is_same = gold.casefold() == answer.casefold()
     if is_same or "" in (gold, answer) or max(len(gold), len(answer)) > LONG:
         return is_same and gold != ""
@@ -525,9 +532,11 @@ def equal(gold, answer):
     units = [match[1] for match in (UNIT.search(gold), UNIT.search(answer)) if match]
     if len(units) == 2 and not abbreviates(*sorted(units, key=len)):
         return False
-    gold, answer = UNIT.sub("", gold), UNIT.sub("", answer)
+    gold = UNIT.sub("", gold)
+    answer = UNIT.sub("", answer)
     if bool(BASE.search(gold)) != bool(BASE.search(answer)):
-        gold, answer = BASE.sub("", gold), BASE.sub("", answer)
+        gold = BASE.sub("", gold)
+        answer = BASE.sub("", answer)
     readings = [""]  # of the percent sign
     if "%" in gold + answer and not gold.isdigit() and not answer.isdigit():
         readings.append("/100")

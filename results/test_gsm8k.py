@@ -108,7 +108,8 @@ def test_the_tables_numbers(out):
         assert f"{100 * values.mean():.1f} [" in row
     difference = sampled["optimal"] - sampled["grpo"]
     half = 1.96 * difference.std(ddof=1) / np.sqrt(len(difference))
-    low, high = 100 * (difference.mean() - half), 100 * (difference.mean() + half)
+    low = 100 * (difference.mean() - half)
+    high = 100 * (difference.mean() + half)
     [row] = [row for row in text.splitlines() if row.startswith("| optimal minus grpo")]
     assert f"{100 * difference.mean():+.1f} [{low:+.1f}, {high:+.1f}]" in row
     assert "expectation" not in text  # it has no scores

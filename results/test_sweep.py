@@ -86,8 +86,10 @@ def test_plan_begins_with_choices_row_by_row():
     """With an empty log nothing but the choice of rates can start, once the references have."""
     args = sweep.parse_args([])
     jobs = sweep.plan({}, args)
-    assert jobs[:4] == [Job(name, row, "reference", 0.0, 0) for row in ("untrained", "teacher")
-                        for name in SETS]
+    references = []
+    for row in ("untrained", "teacher"):
+        references += [Job(name, row, "reference", 0.0, 0) for name in SETS]
+    assert jobs[:4] == references
     jobs = jobs[4:]
     assert len(jobs) == len(set(jobs)) == len(ROWS) * len(SETS) * len(RATES) * len(CHOICE)
     assert jobs[:2] == [Job("easy", "grpo", "choose", 2e-4, seed) for seed in CHOICE]
