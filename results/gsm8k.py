@@ -32,7 +32,6 @@ KINDS = {  # of a score: (grading, which completions, how their marks are put to
     "flexible mean@4": ("flexible", slice(1, None), np.mean),
     "pass@4": ("correct", slice(1, None), np.max)}
 AT_DEPTH = "solved_at_"  # of the log, and the number of steps in the prefix
-SMOOTH = 3  # steps of a run that a point of the picture is the mean of
 
 
 # ---- Runs ----------------------------------------------------------------------------------------
@@ -194,42 +193,52 @@ def table(lines):
 
 
 # ---- The picture ---------------------------------------------------------------------------------
-def smooth(values):
-    """The mean of each SMOOTH neighbours, of what is a number; nan where nothing is."""
-    values = np.array(values, float)
-    if len(values) < SMOOTH:
-        return values[:0]
-    windows = np.lib.stride_tricks.sliding_window_view(values, SMOOTH)
-    return np.ma.masked_invalid(windows).mean(axis=1).filled(np.nan)
+def solved_by_depth(runs, part):
+    """Of one third of the updates, 0 to 2: (depth of prefix, mean share of solved rollouts) of each
+    depth that was drawn in it, over the runs of an arm."""
+    depths = set()
+    for run in runs:
+        depths |= {int(name.removeprefix(AT_DEPTH)) for name in run if name.startswith(AT_DEPTH)}
+    points = []
+    for depth in sorted(depths):
+        shares = []
+        for run in runs:
+            steps = run.get(f"{AT_DEPTH}{depth}", [])
+            shares += np.array_split(np.array(steps, float), 3)[part].tolist()
+        if not np.isnan(shares).all():
+            points.append((depth, np.nanmean(shares)))
+    return points
 
 
 def draw(lines, path):
-    """Share of solved rollouts by depth of prefix, a panel an arm, over the updates of its run with
-    the most; then mean@4 on the test, with intervals."""
+    """Share of solved rollouts by depth of prefix, early and late in training, a panel an arm; then
+    mean@4 on the test, with intervals."""
     arms = [arm for arm in ARMS if runs_of(lines, arm)]
     count = len(arms) + 1
-    figure, [panels] = subplots(1, count, squeeze=False, figsize=(3.2 * count, 3.2))
-    for arm, axes in zip(arms, panels):
-        longest = max(runs_of(lines, arm), key=lambda line: line["updates"])
-        draw_depths(axes, longest)
-    draw_scores(panels[-1], lines, ["student", *arms])
+    figure, panels = subplots(1, count, squeeze=False, figsize=(3.2 * count, 3.2))
+    for arm, axes in zip(arms, panels[0]):
+        draw_depths(axes, runs_of(lines, arm))
+    panels[0][0].legend(title="of the updates", fontsize=7, title_fontsize=7)
+    deepest = max(axes.dataLim.xmax for axes in panels[0][:-1])
+    for axes in panels[0][:-1]:
+        axes.set_xlim(-0.5, deepest + 0.5)
+    draw_scores(panels[0][-1], lines, ["student", *arms])
     figure.tight_layout()
     figure.savefig(path, dpi=130)
 
 
-def draw_depths(axes, run):
-    """One run's rollouts."""
+def draw_depths(axes, runs):
+    """A line for each third of an arm's updates."""
     from matplotlib import colormaps
-    names = [name for name in run if name.startswith(AT_DEPTH)]
-    colours = colormaps["viridis"](np.linspace(0, 1, len(names)))
-    for name, colour in zip(names, colours):
-        percent = 100 * smooth(run[name])
-        updates = SMOOTH + np.arange(len(percent))
-        depth = name.removeprefix(AT_DEPTH)
-        axes.plot(updates, percent, "o-", markersize=3, color=colour, label=f"{depth} steps")
-    axes.legend(title="prefix of", fontsize=6, title_fontsize=6, ncols=2, framealpha=0.5)
+    colours = colormaps["viridis"]([0.0, 0.5, 0.9])
+    for part, label in enumerate(("first third", "second third", "last third")):
+        points = solved_by_depth(runs, part)
+        depths = [depth for depth, _ in points]
+        percent = [100 * share for _, share in points]
+        axes.plot(depths, percent, "o-", markersize=4, color=colours[part], label=label)
     axes.xaxis.get_major_locator().set_params(integer=True)
-    tidy(axes, title=run["arm"], xlabel="update", ylabel="rollouts solved, %", ylim=(-3, 103))
+    tidy(axes, title=runs[0]["arm"], xlabel="steps in the prefix", ylabel="rollouts solved, %",
+         ylim=(-3, 103))
 
 
 def draw_scores(axes, lines, arms):

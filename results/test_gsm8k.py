@@ -115,6 +115,15 @@ def test_the_tables_numbers(out):
     assert "expectation" not in text  # it has no scores
 
 
+def test_rollouts_are_counted_by_depth_and_third():
+    """Each third of the updates over two runs; a depth that a third has not drawn has no point."""
+    first = dict(solved_at_0=[0, 0, 1, None, 0.5, 0.5], solved_at_10=[None, None, None, None, 1, 1])
+    second = dict(solved_at_0=[1, 0, 0], solved_at_2=[0.25, None, None])
+    assert gsm8k.solved_by_depth([first, second], 0) == [(0, pytest.approx(1 / 3)), (2, 0.25)]
+    assert gsm8k.solved_by_depth([first, second], 1) == [(0, 0.5)]
+    assert gsm8k.solved_by_depth([first, second], 2) == [(0, pytest.approx(1 / 3)), (10, 1.0)]
+
+
 def test_the_command_writes_table_and_picture(out, monkeypatch, capsys):
     """Beside the file of runs; the table is printed as well."""
     pytest.importorskip("matplotlib")
