@@ -625,7 +625,7 @@ def test_what_a_run_has_to_work_with():
         "4 problems, 18 distinct prefixes, 4.5 a problem",
         "50.0% of the trees are chains, without a branch",
         "25.0% have 8 prefixes or more, enough for a group of 8",
-        "10.0% of groups of 8 can hold a triplet, if the rewards are such",
+        "14.1% of groups of 8 can hold a triplet, if the rewards are such",
         "1 have no prefix but the question",
         "depth   prefixes   teacher's success (of visits)",
         "    0          4   50.0%",

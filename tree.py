@@ -509,7 +509,7 @@ def summary(trees):
     draws = rng(0)
     triplets = []
     for tree in trees:
-        for _ in range(10):
+        for _ in range(max(1, 40_000 // count)):
             group = sample_group(tree, 8, "tree", draws)
             triplets.append(can_hold_triplet(tree, group.tolist()))
     sizes = np.array([len(tree.parent) for tree in trees])
