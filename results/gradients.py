@@ -53,6 +53,8 @@ from tree import (InputError, MicroBatch, append_jsonl, arguments, at_least,  # 
                   continue_jsonl, get_field, lock, pack, read_jsonl, rng, run_command, write_jsonl)
 
 PROJECTION = 512                   # dimensions
+IN_OVERVIEW = (  # estimators
+    "expectation", "optimistic", "pessimistic", "optimal", "optimal_tree", "none", "norm")
 REFERENCE = "norm, other groups"   # unbiased, and of little variance
 NEEDS_ROLLOUTS = {"mc"}            # of its own: cannot be applied to these samples
 SAMPLED_WITH = dict(  # flags of train.py that would sample, or reward, in another way
@@ -423,9 +425,22 @@ def distinct(lines, key):
     return list(dict.fromkeys(line[key] for line in lines))
 
 
+def overview(lines):
+    """Markdown: the efficiency of the estimators of IN_OVERVIEW, with a row a label."""
+    text = ["| efficiency | " + " | ".join(IN_OVERVIEW) + " |"]
+    text.append("| --- |" + " --- |" * len(IN_OVERVIEW))
+    for label in distinct(lines, "label"):
+        cells = [label]
+        for name in IN_OVERVIEW:
+            found = [line for line in lines if (line["label"], line["estimator"]) == (label, name)]
+            cells.append(cell(found[0], "efficiency") if found else "–")
+        text.append("| " + " | ".join(cells) + " |")
+    return text
+
+
 def table(lines):
-    """Markdown: what the columns mean, then a section a label with a row an estimator."""
-    text = ["# Gradients", "", LEGEND, ""]
+    """Markdown: what the columns mean, an overview, a section a label with a row an estimator."""
+    text = ["# Gradients", "", LEGEND, "", *overview(lines), ""]
     for label in distinct(lines, "label"):
         of_label = [line for line in lines if line["label"] == label]
         [flat] = [line for line in of_label if line["estimator"] == "flat"]

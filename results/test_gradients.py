@@ -236,6 +236,8 @@ def test_table_and_picture(tmp_path):
         lines.append(line)
     text = gradients.table(lines)
     assert "| flat | 1.00 [1.00, 1.00] | 1.00 [1.00, 1.00] |" in text
+    assert "| efficiency | expectation | optimistic | pessimistic | optimal |" in text
+    assert "| easy | – | – | – | – | – | – | – |" in text
     assert "| optimal | – | – |" in text and "flat satisfies 80 % of the order" in text
     wide = [lines[0] | dict(efficiency_high=2.7e11), lines[1]]
     assert "| flat | 1.00 [1.00, 3e+11] |" in gradients.table(wide)
