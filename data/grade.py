@@ -77,14 +77,14 @@ NAMES = ("arcsin|arccos|arctan|sin|cos|tan|cot|sec|csc|exp|log|ln|abs|sqrt|pi|hu
          "doubled|factorial|plus|minus|divided|less than|more than")  # they compute: no units
 WORDS = re.compile(  # of a sentence, those apart that belong to a formula
     rf"((?:[\s,:]*(?<![\w\\])(?!(?:{NAMES}|[A-Z]+)\b)(?:[A-Za-z]{{2,}}(?:['’-][A-Za-z]+)*|"
-    r"a(?= [a-z]))(?![\w(^{_]| ?[+*/=^<>]| - ))+)")
+    r"a(?= [a-z]))(?![\w(^{_]|(?: [A-Za-z]+)* ?[+*/=^<>]|(?: [A-Za-z]+)* - ))+)")
 CHANGED = re.compile(  # words that make another number of the next, and quantities of two parts
     r"\b(?:not|never|isn['’]t|than|but|except|neither|nor|half|thirds?|quarters?|(?:fif|six)ths|"
     r"twice|double|triple|times|square|cube|root|power|sum|product|ratio|difference|multiple|"
     r"divisor|factor|reciprocal|negative|opposite|most|least|under|below|over|above|between|up to|"
     r"adding|subtracting|multiplying|dividing|larger|smaller|rounded)"
     rf"(?: (?:of|the|an?|or|equal|to))* \$?-?{N}|{N} (?:or (?:more|less|fewer)|at (?:mo|lea)st)\b|"
-    rf"\d [a-z]+,? \$?\d|{N} [a-z]+,? and \$?{N}")
+    rf"\d [a-z]+,? \$?\d|{N} [a-z]+,? and \$?{N}|(?:%|percent) of \$?{N}")
 NO_ANSWER = re.compile(  # words behind "the answer is" that do not state it
     r"(?:\S+ ){3}|(?:the|an?|in|on|at|by|to|of|as|for|from|that|this|what|how|not|we|it|our|your|"
     r"given|found|shown|below|right|wrong|\w*correct|\w*valid|verified|confirmed|checked|"
@@ -188,6 +188,7 @@ SPOKEN = [
     (r"(?<=\d) and a half\b", ".5"),
     (rf"(?<=[\da-z}}\ue000-\ue07f]) ?/ ?(?=(?:\\text\{{)?(?!(?:{NAMES})\b)(?:[a-z]{{4}}|day\b))",
      " per "),  # $18/hour
+    (r"(?<=[\da-z]) [xX] (?=\$?\d)", " * "),  # 5 apples x 3
     (rf"(?<={N}),? (?:and|or) (?=\$?-?{N})", ", "),
     (r"^(?:In|For|With|If|When|Since|After|Given|On|At|By|From)\b[^,]*, ", "")]  # In $ABC$, ...
 MATRIX = r"\{(?:[bpB]?(?:small)?matrix|array)\}"
@@ -206,7 +207,8 @@ RULES = [
     (r"\\[,;: ]|~|\\q?quad(?![a-z])|\\(?:[hv]space|phantom)\{[^{}]*\}", " "),
     (r"\\(?:left|right|middle|[bB]igg?[lr]?|displaystyle|[lL]arge|bf|hline)(?![a-zA-Z])", ""),
     (r"\\(?:text)?color(?:box)? ?(?:\[\w*\])?\{[\w.,]*\}|\\?\$|\\[()\[\]]|[£€¢]", ""),
-    (rf"(?<=[\d)}}])\s*{STYLE}\{{ *(?!(?:[ie]|and|or|{NAMES})\b)([A-Za-z][^{{}}]*)\}}",
+    (rf"(?<=[\d)}}])\s*(?!\\(?:mathbf|vec|bm|bold)){STYLE}"
+     rf"\{{ *(?!(?:[ie]|and|or|{NAMES})\b)([A-Za-z][^{{}}]*)\}}",
      r" unit_\1 "),  # 60\text{ W}: a letter that is not marked is a variable
     (rf"{STYLE}\{{([^{{}}]*)\}}", r" \1 "),
     (rf"{STYLE}(?=\{{)", ""),
@@ -488,7 +490,11 @@ def is_correct(completion, answer, strict=False):
     gold = extract_answer(str(answer), strict=True) or str(answer)
     if found is None or not equal(gold, found):
         return False
-    return not strict or operators(found) <= operators(gold) + 1 + found.count(",")
+    if not strict:
+        return True
+    signs = 1 + (r"\pm" in gold)  # written out, it has each operator twice, and one sign more
+    parts = len(re.findall(r",|\b(?:and|or)\b", found))
+    return operators(found) <= signs * (operators(gold) + signs) - signs + 1 + parts
 
 
 def is_solved(text, problem):
@@ -514,9 +520,14 @@ def states_answer(step):
 
 def operators(answer):
     """How many operators and brackets are left to work out, those of numeric exponents apart."""
-    value = re.sub(r"\^\{?[\d/]+\}?", "", answer.rpartition("=")[2])
-    return len(re.findall(r"[+*/]|(?<!\\)!|(?<=[\w)}])\s*-|(?<![a-z])\(|"
-                          r"\\(?:[dtc]?frac|[dt]?binom|cdot|times|div)", value))
+    left, _, right = answer.rpartition("=")
+    value = right
+    if left and re.fullmatch(r"\s*[A-Za-z]\s*", right):  # 7 * 8 = x
+        value = left
+    value = "".join(SYNONYMS.get(character, character) for character in value)
+    value = re.sub(r"\^\{?[\d/]+\}?", "", value)
+    return len(re.findall(r"[+*/]|(?<!\\)!|(?<=[\w)}])\s*-|(?:(?<![a-z])|(?<=left))[(\[]|"
+                          r"\\(?:[dtc]?frac|[dt]?binom|cdot|ast|times|div|over)(?![a-z])", value))
 
 
 def equal(gold, answer):

@@ -587,6 +587,38 @@ KINDS = {
         (r"\boxed{50\text{ for each}}", "50", True),
         ("#### 25 (50 / 2)", "50", False),
     ],
+    # A formula with "= x" behind it, other signs or \left( was taken for worked out.
+    "not worked out": [
+        (r"The answer is $441+2(21)(19)+361=x$.", "1600", False),
+        (r"\boxed{7 \cdot 8 \cdot 9 = x}", "504", False),
+        (r"\boxed{7 × 8 × 9}", "504", False),
+        (r"\boxed{\left(x-4\right)\left(x+6\right)}", "x^2+2x-24", False),
+        (r"\boxed{504 = x}", "504", True),
+        (r"\boxed{\left(4, -1\right)}", "(4,-1)", True),
+    ],
+    # A sentence with an equation gave its first number.
+    "an equation with units": [
+        ("The answer is 20 red apples + 16 green apples = 36 apples.", "36", True),
+        ("The answer is 20 red apples + 16 green apples = 36 apples.", "20", False),
+        ("The answer is 12 hours per week * 4 weeks = 48 hours", "48", True),
+        ("The answer is 5 people x 3 apples = 15 apples.", "15", True),
+        ("The answer is 10% of $50 = $5.", "5", True),
+        ("The answer is 10% of $50 = $5.", "10", False),
+        ("The answer is 3 x 4 = 12.", "12", True),
+    ],
+    # Written out, \pm took more operators than the gold has.
+    "plus or minus written out": [
+        (r"\boxed{3+2\sqrt{2} \text{ and } 3-2\sqrt{2}}", r"3 \pm 2 \sqrt{2}", True),
+        (r"\boxed{\frac{7+\sqrt{13}}{6}, \frac{7-\sqrt{13}}{6}}", r"\frac{7\pm\sqrt{13}}{6}", True),
+        (r"\boxed{\frac{1}{2} \text{ and } \frac{1}{4}}", "0.5,0.25", True),
+        (r"\boxed{3+2\sqrt{2} \text{ and } 3+2\sqrt{2}}", r"3 \pm 2 \sqrt{2}", False),
+    ],
+    # A vector behind a number was taken for its unit.
+    "vectors": [
+        (r"\boxed{4\mathbf{a}+3\mathbf{b}}", r"3\mathbf{a}+4\mathbf{b}", False),
+        (r"\boxed{4\mathbf{b}+3\mathbf{a}}", r"3\mathbf{a}+4\mathbf{b}", True),
+        (r"\boxed{\frac45}", r"\frac45\mathbf{v}", False),
+    ],
 }
 
 
