@@ -1084,7 +1084,8 @@ def mean_interval(values, clusters):
     if len(set(clusters)) == len(values) and set(values) <= {0.0, 1.0}:
         interval = binomtest(int(values.sum()), len(values)).proportion_ci(method="wilson")
         return values.mean(), max(interval.low, 0.0), interval.high
-    return normal_interval(values, clusters)
+    mean, low, high = normal_interval(values, clusters)
+    return mean, *np.clip([low, high], 0.0, 1.0).tolist()
 
 
 def normal_interval(values, clusters):

@@ -357,6 +357,7 @@ def test_flags_that_contradict_or_do_nothing_are_refused(flags, sentence):
     ("--baseline grpo --group question --seed 3", "arithmetic-question-grpo-3"),
     ("--preset paper --critic C", "paper-tree-task-critic-0"),
     ("--objective sft --group_size 1", "arithmetic-tree-sft-0"),
+    ("--objective sft --batch_size 4", "arithmetic-tree-sft-0"),
     ("--reward teacher --teacher T", "arithmetic-tree-teacher-0"),
 ])
 def test_the_run_folder_names_the_method(flags, folder):
@@ -1048,7 +1049,8 @@ def test_every_method_is_a_command(world, whole, monkeypatch, name):
     if name != "sft":
         assert row["reward"] == np.mean([line["reward"] for line in rollouts])
     compares = args.objective == "tree_opo" and args.reward == "task" and not args.critic
-    assert ("kl" in row) == bool(args.distill_coef or args.kl_coef)
+    assert ("kl" in row) == bool(args.distill_coef)
+    assert ("kl_base" in row) == bool(args.kl_coef)
     assert ("critic_loss" in row) == bool(args.critic)
     assert ("ess" in row) == (name == "off_policy")
     assert ("sat" in row) == compares

@@ -650,6 +650,18 @@ def test_a_group_can_hold_a_triplet_where_some_rewards_make_one():
     assert 40 < sum(seen) < 160
 
 
+def test_the_order_of_searches_does_not_matter(tmp_path):
+    """They stand in the order in which they ended, and --seed drew other groups."""
+    rows = [search(node(-1), node(0, "a"), id=name) for name in ("p2", "p10", "p1")]
+    outs = []
+    for k, order in enumerate((rows, rows[::-1])):
+        outs.append(os.path.join(tmp_path, f"trees{k}.jsonl"))
+        assert run(write(tmp_path, *order, name=f"s{k}"), "--out", outs[k]).returncode == 0
+    assert [t.problem["id"] for t in read_trees(outs[:1])] == ["p1", "p2", "p10"]
+    first, second = [open(path).read() for path in outs]
+    assert first == second
+
+
 def test_a_wrong_out_destroys_nothing(tmp_path):
     """A search of many hours was replaced by its own trees; so was another one."""
     one = write(tmp_path, SEARCH)

@@ -184,7 +184,7 @@ def check_flags(args, given):
     sft = args.objective == "sft"
     compares = args.reward == "task" and not args.critic  # completions of a group with each other
     wants_teacher = args.distill_coef or "teacher" in (args.reward, args.behaviour)
-    refuse(args.batch_size % args.group_size,
+    refuse(not sft and args.batch_size % args.group_size,
            f"--batch_size {args.batch_size} is no multiple of --group_size {args.group_size}.")
     refuse(not sft and compares and args.group_size == 1,
            "--group_size 1 compares a sample with nothing; expected 2 or more.")
@@ -496,16 +496,16 @@ def policy_loss(models, batch, scale, args, stats):
             stats["gap"] += (logps.detach() - old_logps).abs().tolist()
     gain = surrogate(logps, old_logps, advantages, predictions.sample, args)
     loss = -scale.sample * gain.sum()
-    references = [(args.distill_coef, models.teacher, args.kl),
-                  (args.kl_coef, student, "student_teacher")]
-    for coef, reference, direction in references:
+    references = [("kl", args.distill_coef, models.teacher, args.kl),
+                  ("kl_base", args.kl_coef, student, "student_teacher")]
+    for name, coef, reference, direction in references:
         if coef:
             plain = student.disable_adapter() if reference is student else nullcontext()
             with torch.no_grad(), plain:
                 other = evaluate.predict(reference, batch, args.temperature).logits
             kl = evaluate.divergence(predictions.logits, other, direction)
             loss = loss + coef * scale.token * kl.sum()
-            stats["kl"] += kl.tolist()
+            stats[name] += kl.tolist()
     return loss
 
 
@@ -518,11 +518,11 @@ def accumulate(models, samples, scale, args, micro_tokens, warm_up=False):
         + (V_phi(s) - target)^2 scale.step                                           (App. B)
 
     warm_up   train the critic alone
-    Returns lists of numbers: loss and critic_loss of each micro-batch; kl, and the gap |log
-    pi(sampler) - log pi(trainer)|, of each token; log_weight of each sample. Samples whose
+    Returns lists of numbers: loss and critic_loss of each micro-batch; kl, kl_base, and the gap
+    |log pi(sampler) - log pi(trainer)|, of each token; log_weight of each sample. Samples whose
     advantages are all 0 are left out where nothing else is learnt from them.
     """
-    stats = dict(loss=[], gap=[], kl=[], log_weight=[], critic_loss=[])
+    stats = dict(loss=[], gap=[], kl=[], kl_base=[], log_weight=[], critic_loss=[])
     if not (args.distill_coef or args.kl_coef or models.critic or args.behaviour == "teacher"):
         samples = [s for s in samples if s.advantages.any()]
     for batch in batches(samples, models, args, micro_tokens):
@@ -902,8 +902,9 @@ def report(run, samples, metrics, parts, args):
         row["gap_max"] = max(stats["gap"], default=math.nan)
         if args.behaviour == "student":
             row["entropy"] = -mean(chain(*[s.sampler_logps for s in samples]))
-    if stats["kl"]:
-        row["kl"] = mean(stats["kl"])
+    for name in ("kl", "kl_base"):
+        if stats[name]:
+            row[name] = mean(stats[name])
     if stats["critic_loss"]:
         row["critic_loss"] = sum(stats["critic_loss"])
     if stats["log_weight"]:
@@ -915,7 +916,7 @@ def report(run, samples, metrics, parts, args):
 
 
 COLUMNS = dict(loss="+.3f", reward=".2f", dead=".2f", entropy=".2f", truncated=".2f", gap=".0e",
-               kl=".2g", critic_loss=".2g", ess=".2f", length=".0f", grad_norm=".2f")
+               kl=".2g", kl_base=".2g", critic_loss=".2g", ess=".2f", length=".0f", grad_norm=".2f")
 
 
 class Log:

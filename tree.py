@@ -544,6 +544,8 @@ def main():
             is_input = any(os.path.samefile(args.out, path) for path in args.files)
             if is_input or "depth" not in nodes[0]:
                 raise InputError(f"{args.out} is an input or no trees; expected another --out")
+        # searches stand in the order in which they ended, which must not decide what --seed draws
+        trees.sort(key=lambda tree: (len(tree.problem["id"]), tree.problem["id"]))
         write_trees(args.out, trees)
     if args.show or args.id:
         chosen = [tree for tree in trees if args.id in (None, tree.problem["id"])]

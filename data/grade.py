@@ -267,7 +267,7 @@ UNIT = re.compile(
     rf"(?:(?<=[\d)}}\]i%!])|(?<=llion|usand|ndred|dozen)) (?!.*\b(?:{NUMERALS})\b)"
     r"(?:(?:unit_)?(?:square|sq|cubic|cu)\.? )*"
     rf"((?:unit_[A-Za-z.]+|(?:{SHORT})\b|(?!(?:{NAMES})\b)[A-Za-z]{{4,}})"
-    rf"(?:[ ./]+(?!(?:{NAMES})\b)[A-Za-z_]+)*)(?: ?\^\{{?[23]\}}?| squared)?", re.IGNORECASE)
+    rf"(?:[ ./]+(?!(?:{NAMES})\b)[A-Za-z_]+)*)(?: ?\^\{{?([23])\}}?| squared)?", re.IGNORECASE)
 CHOICE = re.compile(r"\(([A-H])\) (.+)")  # (C) 12
 BASE = re.compile(r"(?<=\d)_\d+$|\s*\(? ?\\?[pb]?mod ?[{( ]*\d+[})]*$")  # 4210_5, 5 \pmod{17}
 
@@ -540,8 +540,11 @@ def equal(gold, answer):
     choice = CHOICE.fullmatch(answer)
     if choice and not CHOICE.fullmatch(gold):  # "(C) 12" for the gold C, or for the gold 12
         answer = choice[1] if re.fullmatch(r"\(?[A-H]\)?", gold) else choice[2]
-    units = [match[1] for match in (UNIT.search(gold), UNIT.search(answer)) if match]
-    if len(units) == 2 and not abbreviates(*sorted(units, key=len)):
+    units = [match for match in (UNIT.search(gold), UNIT.search(answer)) if match]
+    names = sorted([unit[1] for unit in units], key=len)
+    if len(names) == 2 and not abbreviates(*names):
+        return False
+    if {"2", "3"} == {unit[2] for unit in units}:  # of an area and a volume
         return False
     gold = UNIT.sub("", gold)
     answer = UNIT.sub("", answer)

@@ -443,6 +443,9 @@ def main():
     args = parser.parse_args()
     out = os.path.abspath(args.out or os.path.join(HERE, args.name))
     if args.name == "arithmetic":
+        if args.source:
+            raise tree.InputError("arithmetic is made from --seed; --source does nothing. Expected "
+                                  "it with a published set alone.")
         make_arithmetic(out, args.seed)
     else:
         prepare(args.name, args.source, out)

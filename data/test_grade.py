@@ -606,6 +606,13 @@ KINDS = {
         ("The answer is 10% of $50 = $5.", "10", False),
         ("The answer is 3 x 4 = 12.", "12", True),
     ],
+    # Of named units the powers were not compared.
+    "powers of units": [
+        (r"\boxed{864\text{ inches}^3}", r"864 \mbox{ inches}^2", False),
+        (r"\boxed{864\text{ inches}^2}", r"864 \mbox{ inches}^2", True),
+        (r"\boxed{864\text{ inches}}", r"864 \mbox{ inches}^2", True),
+        (r"\boxed{864\text{ square inches}}", r"864 \mbox{ inches}^2", True),
+    ],
     # Written out, \pm took more operators than the gold has.
     "plus or minus written out": [
         (r"\boxed{3+2\sqrt{2} \text{ and } 3-2\sqrt{2}}", r"3 \pm 2 \sqrt{2}", True),

@@ -85,6 +85,12 @@ def test_a_bad_line_is_named_by_the_users_file(tmp_path):
     assert not os.path.exists(f"{tmp_path}/out")
 
 
+def test_a_source_that_nothing_reads_is_refused(tmp_path):
+    with patch.object(sys, "argv", ["prepare.py", "arithmetic", "--source", str(tmp_path)]):
+        with pytest.raises(InputError, match="--source does nothing"):
+            prepare.main()
+
+
 def test_a_download_that_is_cut_at_a_lines_end(tmp_path):
     """536 of 1,319 problems were taken for the whole."""
     address = "file://" + write(tmp_path / "test.jsonl", "\n".join(ROWS))

@@ -58,7 +58,8 @@ IN_OVERVIEW = (  # estimators
 REFERENCE = "norm, other groups"   # unbiased, and of little variance
 NEEDS_ROLLOUTS = {"mc"}            # of its own: cannot be applied to these samples
 SAMPLED_WITH = dict(  # flags of train.py that would sample, or reward, in another way
-    objective="tree_opo", baseline="expectation", behaviour="student", reward="task", critic=None)
+    objective="tree_opo", baseline="expectation", behaviour="student", reward="task", critic=None,
+    resume=False)
 LEGEND = """Efficiency: how many times fewer groups than with `flat` give as accurate a gradient.
 Cosine: of the estimator's mean gradient and the gradient of the objective. Brackets are 95 %
 intervals; an estimate by products between groups is not bounded, so a cosine can exceed 1.
@@ -522,7 +523,7 @@ def parse_args(argv=None):
     for name, value in SAMPLED_WITH.items():
         if getattr(args, name) != value:
             raise InputError(f"--{name} has no place here: all estimators get the same samples, of "
-                             "the student itself. Leave it out.")
+                             "the student as --model and --adapter have it. Leave it out.")
     return own, args
 
 
@@ -550,6 +551,7 @@ def main():
         print(table(write_summary(own.out)), end="")
         return
     _, _, device = evaluate.distributed()
+    evaluate.COMPILE = args.compile
     run, trees, _ = train.set_up(args, 0, 1, device)
     path = os.path.join(own.samples, f"{own.label}.jsonl")
     held = lock(path)

@@ -88,6 +88,13 @@ def test_samples_are_continued_and_other_settings_refused(world, tmp_path):
                           path)
 
 
+@pytest.mark.parametrize("flags", [["--resume"], ["--baseline", "flat"], ["--objective", "sft"]])
+def test_flags_that_sample_otherwise_are_refused(flags):
+    """--resume measured the default run's checkpoint as the untrained student."""
+    with pytest.raises(InputError, match="has no place here"):
+        gradients.parse_args(flags)
+
+
 def test_projection_keeps_products():
     """Within three standard errors, as its docstring bounds them."""
     rng = np.random.default_rng(0)

@@ -85,6 +85,16 @@ def test_the_rate_is_the_best_on_val(out):
         gsm8k.collect(str(out), "choose_grpo_*")
 
 
+def test_the_order_of_scores_does_not_matter(out):
+    """Several ranks write their rows in any order, and the table was refused."""
+    path = out / "student" / "scores.jsonl"
+    text = path.read_text()
+    before = gsm8k.collect(str(out), "student")
+    path.write_text("".join(text.splitlines(keepends=True)[::-1]))
+    assert gsm8k.collect(str(out), "student") == before
+    path.write_text(text)
+
+
 def test_scores_by_hand():
     """Of two problems with a greedy answer and four samples."""
     line = dict(correct=["10", "10", "00", "10", "00"], flexible=["11", "10", "00", "10", "00"])
