@@ -6,9 +6,9 @@ What results/gsm8k.sh found: its runs as lines of one file, and their table and 
     python results/gsm8k.py table                    # gsm8k.jsonl -> gsm8k.md and gsm8k.png
 
 A line is a run that was scored: the student as it was before, a run that chose a rate on val, or a
-final one on the test. `correct` and `flexible` hold a text for each completion, the greedy one
-first, with a 1 or a 0 for every problem of `ids`: ["0110", ...] says that the greedy answers to the
-second and the third are right. `steps` says how many steps each problem takes.
+final one on the test. `correct`, `flexible` and `truncated` hold a text for each completion, the
+greedy one first, with a 1 or a 0 for every problem of `ids`: ["0110", ...] says that the greedy
+answers to the second and the third are right. `steps` says how many steps each problem takes.
 """
 import os
 import sys
@@ -16,11 +16,12 @@ from itertools import combinations
 from pathlib import Path
 
 import numpy as np
+from scipy.stats import norm
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [HERE, os.path.dirname(HERE)]
 import evaluate  # noqa: E402
-from plot import markdown, subplots, tidy  # noqa: E402
+from plot import holm, markdown, subplots, tidy  # noqa: E402
 from tree import (InputError, arguments, get_field, read_jsonl, run_command,  # noqa: E402
                   write_jsonl)
 
@@ -52,7 +53,7 @@ def summarise(folder):
     rows.sort(key=lambda row: (len(row["id"]), row["id"]))  # several ranks write in any order
     line["ids"] = [row["id"] for row in rows]
     line["steps"] = [row["steps"] for row in rows]
-    for field in ("correct", "flexible"):
+    for field in ("correct", "flexible", "truncated"):
         line[field] = []
         for completion in zip(*[row[field] for row in rows]):
             line[field].append("".join("1" if mark else "0" for mark in completion))
@@ -78,11 +79,15 @@ def summarise_training(folder):
     return line
 
 
+def marks(line, field):
+    """(1 + samples, problems) the 1s and 0s of a field of one run."""
+    return np.array([list(text) for text in line[field]], int)
+
+
 def score(line, kind):
     """(problems,) of one run, from 0 to 1."""
     field, completions, combine = KINDS[kind]
-    marks = np.array([list(text) for text in line[field]], int)  # (1 + samples, problems)
-    return combine(marks[completions], axis=0)
+    return combine(marks(line, field)[completions], axis=0)
 
 
 def best_rate(lines):
@@ -124,8 +129,11 @@ def score_table(lines, arms):
         row = [arm, *training(runs_of(lines, arm))]
         for kind in KINDS:
             row.append(cell(score_interval(lines, arm, kind), ".1f"))
-        rows.append(row)
-    return markdown(["arm", "learning rate", "seeds", "updates", "tokens", *KINDS], rows)
+        cut = np.mean([marks(line, "truncated")[1:].mean() for line in runs_of(lines, arm)])
+        ended_right = scores(lines, arm, "mean@4").mean() / (1 - cut)
+        rows.append([*row, f"{100 * cut:.1f}", f"{100 * ended_right:.1f}"])
+    return markdown(["arm", "learning rate", "seeds", "updates", "tokens", *KINDS, "samples cut",
+                     "right of those that ended"], rows)
 
 
 def training(runs):
@@ -138,15 +146,24 @@ def training(runs):
 
 
 def difference_table(lines, arms):
-    """A row for each two of the arms, paired by problem."""
-    rows = []
+    """A row for each two of the arms, paired by problem. Bold is what is told from 0 by Holm's
+    correction for all differences of the table."""
+    cells = []
+    p_values = []
     for before, after in combinations(arms, 2):
-        row = [f"{after} minus {before}"]
         for kind in KINDS:
             change = scores(lines, after, kind) - scores(lines, before, kind)
-            interval = evaluate.normal_interval(change, range(len(change)))
-            row.append(cell(interval, "+.1f"))
-        rows.append(row)
+            mean, low, high = evaluate.normal_interval(change, range(len(change)))
+            cells.append(cell((mean, low, high), "+.1f"))
+            deviation = max((high - low) / (2 * 1.96), 1e-12)  # 0 where all changes are equal
+            p_values.append(2 * norm.sf(abs(mean) / deviation))
+    for k, p in enumerate(holm(p_values)):
+        if p < 0.05:
+            cells[k] = f"**{cells[k]}**"
+    rows = []
+    for k, (before, after) in enumerate(combinations(arms, 2)):
+        of_row = cells[k * len(KINDS):(k + 1) * len(KINDS)]
+        rows.append([f"{after} minus {before}", *of_row])
     return markdown(["difference, points", *KINDS], rows)
 
 
@@ -185,8 +202,10 @@ def table(lines):
                              "chosen one alone: move the folders of the others away")
     [problems] = ids
     lines_of_text = [
-        f"{len(problems)} problems of the test. Intervals are 95 % over problems, for these "
-        "seeds, and not corrected for their number.", ""]
+        f"{len(problems)} problems of the test; percent. Intervals are 95 % over problems, for "
+        "these seeds, and not corrected for their number. Bold is a difference whose p is below "
+        "0.05 after Holm's correction for all of them. Cut are samples that did not end by "
+        "themselves; they count as wrong.", ""]
     for part in (score_table, difference_table, steps_table):
         lines_of_text += part(lines, arms)
     return "\n".join(lines_of_text)

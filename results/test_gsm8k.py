@@ -125,6 +125,26 @@ def test_the_tables_numbers(out):
     assert "expectation" not in text  # it has no scores
 
 
+def test_what_survives_a_correction_is_bold_and_cut_samples_are_counted(out):
+    """`optimal` is right in half of its samples and the others in a tenth; GRPO is not told apart
+    from the student. Here a quarter of the student's samples is cut, of which none is right."""
+    path = out / "student" / "scores.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows:
+        row["truncated"][1] = True
+        row["correct"][1] = False
+    write_jsonl(str(path), rows)
+    text = gsm8k.table(gsm8k.collect(str(out)))
+    cells = {}
+    for line in text.splitlines():
+        name, *numbers = [part.strip() for part in line.split("|")[1:-1]] or [""]
+        cells.setdefault(name, numbers)
+    assert all(cell.startswith("**+") for cell in cells["optimal minus student"][2:4])
+    assert not any("**" in cell for cell in cells["grpo minus student"])
+    right = np.mean([row["correct"][2:] for row in rows])
+    assert cells["student"][-2:] == ["25.0", f"{100 * right:.1f}"]
+
+
 def test_rollouts_are_counted_by_depth_and_third():
     """Each third of the updates over two runs; a depth that a third has not drawn has no point."""
     first = dict(solved_at_0=[0, 0, 1, None, 0.5, 0.5], solved_at_10=[None, None, None, None, 1, 1])
