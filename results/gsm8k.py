@@ -129,9 +129,12 @@ def score_table(lines, arms):
         row = [arm, *training(runs_of(lines, arm))]
         for kind in KINDS:
             row.append(cell(score_interval(lines, arm, kind), ".1f"))
-        cut = np.mean([marks(line, "truncated")[1:].mean() for line in runs_of(lines, arm)])
-        ended_right = scores(lines, arm, "mean@4").mean() / (1 - cut)
-        rows.append([*row, f"{100 * cut:.1f}", f"{100 * ended_right:.1f}"])
+        shares = [marks(line, "truncated")[1:].mean() for line in runs_of(lines, arm)]
+        cut = np.mean(shares)
+        right = scores(lines, arm, "mean@4").mean()
+        row.append(f"{100 * cut:.1f}")
+        row.append(f"{100 * right / (1 - cut):.1f}")
+        rows.append(row)
     return markdown(["arm", "learning rate", "seeds", "updates", "tokens", *KINDS, "samples cut",
                      "right of those that ended"], rows)
 
@@ -150,20 +153,21 @@ def difference_table(lines, arms):
     correction for all differences of the table."""
     cells = []
     p_values = []
-    for before, after in combinations(arms, 2):
+    pairs = list(combinations(arms, 2))
+    for before, after in pairs:
         for kind in KINDS:
             change = scores(lines, after, kind) - scores(lines, before, kind)
             mean, low, high = evaluate.normal_interval(change, range(len(change)))
             cells.append(cell((mean, low, high), "+.1f"))
-            deviation = max((high - low) / (2 * 1.96), 1e-12)  # 0 where all changes are equal
+            half = (high - low) / 2
+            deviation = max(half / 1.96, 1e-12)  # 0 where all changes are equal
             p_values.append(2 * norm.sf(abs(mean) / deviation))
     for k, p in enumerate(holm(p_values)):
         if p < 0.05:
             cells[k] = f"**{cells[k]}**"
     rows = []
-    for k, (before, after) in enumerate(combinations(arms, 2)):
-        of_row = cells[k * len(KINDS):(k + 1) * len(KINDS)]
-        rows.append([f"{after} minus {before}", *of_row])
+    for (before, after), row in zip(pairs, np.reshape(cells, (-1, len(KINDS)))):
+        rows.append([f"{after} minus {before}", *row])
     return markdown(["difference, points", *KINDS], rows)
 
 
