@@ -1085,7 +1085,8 @@ def mean_interval(values, clusters):
         interval = binomtest(int(values.sum()), len(values)).proportion_ci(method="wilson")
         return values.mean(), max(interval.low, 0.0), interval.high
     mean, low, high = normal_interval(values, clusters)
-    return mean, *np.clip([low, high], 0.0, 1.0).tolist()
+    low, high = np.clip([low, high], 0.0, 1.0)
+    return mean, low, high
 
 
 def normal_interval(values, clusters):

@@ -246,8 +246,8 @@ def timeless(folder):
     return rows
 
 
-def texts(folder):
-    """The names of its rollouts and scores."""
+def kept_names(folder):
+    """Its files of rollouts and scores."""
     return sorted(name for name in os.listdir(folder) if name.startswith(("rollouts", "eval")))
 
 
@@ -256,8 +256,8 @@ def same_run(a, b):
     theirs = adapter(b)
     assert all(torch.equal(value, theirs[name]) for name, value in adapter(a).items())
     assert timeless(a) == timeless(b)
-    assert texts(a) == texts(b)
-    for name in texts(a):
+    assert kept_names(a) == kept_names(b)
+    for name in kept_names(a):
         assert (a / name).read_text() == (b / name).read_text(), name
 
 

@@ -492,8 +492,8 @@ def show(tree, width):
 
 
 def can_hold_triplet(tree, group):
-    """Whether some rewards would order siblings of this group (Sec. 3.2): it has two, and a prefix
-    below one of them."""
+    """Whether some rewards would make a triplet of this group (Sec. 3.2): it has two siblings and
+    a prefix below one of them."""
     group = set(group)
     siblings = Counter(tree.parent[node] for node in group)
     for node in group:

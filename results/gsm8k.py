@@ -221,13 +221,15 @@ def solved_by_depth(runs, part):
     depth that was drawn in it, over the runs of an arm."""
     depths = set()
     for run in runs:
-        depths |= {int(name.removeprefix(AT_DEPTH)) for name in run if name.startswith(AT_DEPTH)}
+        names = [name for name in run if name.startswith(AT_DEPTH)]
+        depths |= {int(name.removeprefix(AT_DEPTH)) for name in names}
     points = []
     for depth in sorted(depths):
         shares = []
         for run in runs:
             steps = run.get(f"{AT_DEPTH}{depth}", [])
-            shares += np.array_split(np.array(steps, float), 3)[part].tolist()
+            thirds = np.array_split(np.array(steps, float), 3)
+            shares += thirds[part].tolist()
         if not np.isnan(shares).all():
             points.append((depth, np.nanmean(shares)))
     return points
