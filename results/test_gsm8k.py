@@ -228,7 +228,7 @@ def start_script(tmp_path, steps, *parts):
             write_jsonl(str(source / f"{split}.jsonl"), rows)
     settings = dict(os.environ, SOURCE=str(source), OUT=str(tmp_path / "run"), SFT_STEPS=str(steps),
                     MODEL=os.path.join(HERE, "..", "data", "arithmetic", "student"),
-                    RESULTS=str(tmp_path))
+                    RESULTS=str(tmp_path), JOBS="2")
     return subprocess.Popen(["bash", os.path.join(HERE, "gsm8k.sh"), *parts], env=settings,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -266,6 +266,15 @@ def test_the_script_goes_on_where_it_was_stopped(tmp_path, script):
     assert numbers == list(range(1, len(numbers) + 1))
     assert [line.split()[0] for line in (run / "seconds.txt").open()] == [
         "data", "student", "student"]
+
+    (run / "student.done").touch()
+    fourth = script(100_000, "trees", "choose")  # two runs side by side, both of which are stopped
+    wait_until(lambda: len(list(run.glob("choose_*/log.jsonl"))) == 2, fourth)
+    fourth.terminate()
+    fourth.communicate()  # ends when nobody can write to its output any more
+    assert fourth.returncode == 143 and not (run / "choose.done").exists()
+    names = sorted(path.name for path in run.glob("choose_*"))
+    assert names == ["choose_grpo_1e-4_100", "choose_grpo_3e-4_100"]
 
 
 def test_an_unknown_part_is_one_sentence(tmp_path, script):
