@@ -308,6 +308,8 @@ COMPARING = dict(
     treerl=treerl, treerpo=treerpo)
 ESTIMATORS = dict(none=none, **COMPARING)
 FALLBACK = dict(qp_hard="qp_soft", qp_hard_staged="expectation", qp_soft="flat")  # on NoSolution
+WITHOUT_V = {  # train.py refuses --alpha beside these
+    "none", "flat", "grpo", "qp_hard", "qp_soft", "opo", "optimal", "rloo", "treepo", "treerl"}
 
 def advantages(method, node, parent, rewards, **fields):
     """Advantages (N,) of one group, and the method that made them: `method`, or its fallback.

@@ -916,6 +916,14 @@ def test_grpo_has_unit_variance_and_alpha_zero_is_flat(group):
     assert run("qp_hard_staged", group, alpha=0) == approx(run("qp_hard", group))
     assert run("optimal_tree", group, alpha=0) == approx(run("optimal", group))
 
+@pytest.mark.parametrize("method", ESTIMATORS)
+def test_alpha_changes_those_that_have_a_v_and_no_others(method):
+    """Beside the others train.py refuses --alpha."""
+    group = random_group(0)
+    first, second = [advantages(method, **{**vars(group), "alpha": alpha})[0]
+                     for alpha in (0.25, 0.75)]
+    assert np.array_equal(first, second) == (method in advantage.WITHOUT_V)
+
 def test_arguments_are_left_alone():
     """What comes back may be changed by its owner, "none" and its rewards included."""
     node = np.array([1, 2, 3])

@@ -340,6 +340,7 @@ REFUSED = [
     ("--group question --objective sft", "does nothing"),
     ("--temperature 0.5 --objective sft", "does nothing"),
     ("--alpha 0.1 --critic C", "does nothing"),
+    ("--alpha 0.1 --baseline optimal", "--alpha does nothing"),
     ("--lora_rank 0 --lora_alpha 8", "trains all weights"),
     ("--lora_rank 0 --dtype bfloat16", "trains all weights"),
     ("--chat_template_kwargs [1]", "invalid json_object"),

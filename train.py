@@ -210,7 +210,8 @@ def check_flags(args, given):
     refuse(not args.lora_rank and {"lora_alpha", "lora_dropout", "dtype"} & set(given),
            "--lora_rank 0 trains all weights in float32; --lora_alpha, --lora_dropout and --dtype "
            "do nothing.")
-    used = dict(group=True, temperature=True, alpha=compares, mc_rollouts=args.baseline == "mc",
+    has_v = compares and args.baseline not in advantage.WITHOUT_V
+    used = dict(group=True, temperature=True, alpha=has_v, mc_rollouts=args.baseline == "mc",
                 no_root=args.group != "question", kl=args.distill_coef,
                 critic_warmup=args.critic, gae_lambda=args.critic)  # and none of them by sft
     for name, is_used in used.items():

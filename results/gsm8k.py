@@ -133,7 +133,7 @@ def score_table(lines, arms):
         cut = np.mean(shares)
         right = scores(lines, arm, "mean@4").mean()
         row.append(f"{100 * cut:.1f}")
-        row.append(f"{100 * right / (1 - cut):.1f}")
+        row.append(f"{100 * right / (1 - cut):.1f}" if cut < 1 else "–")
         rows.append(row)
     return markdown(["arm", "learning rate", "seeds", "updates", "tokens", *KINDS, "samples cut",
                      "right of those that ended"], rows)

@@ -145,6 +145,19 @@ def test_what_survives_a_correction_is_bold_and_cut_samples_are_counted(out):
     assert cells["student"][-2:] == ["25.0", f"{100 * right:.1f}"]
 
 
+def test_where_every_sample_is_cut_none_has_ended(out):
+    """There is no share of right ones among none."""
+    path = out / "student" / "scores.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows:
+        row["truncated"] = [True] * 5
+        row["correct"] = [False] * 5
+    write_jsonl(str(path), rows)
+    text = gsm8k.table(gsm8k.collect(str(out)))
+    [line] = [line for line in text.splitlines() if line.startswith("| student | – ")]
+    assert line.endswith("| 100.0 | – |")
+
+
 def test_rollouts_are_counted_by_depth_and_third():
     """Each third of the updates over two runs; a depth that a third has not drawn has no point."""
     first = dict(solved_at_0=[0, 0, 1, None, 0.5, 0.5], solved_at_10=[None, None, None, None, 1, 1])
