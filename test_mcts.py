@@ -799,7 +799,7 @@ def test_two_ranks_search_what_one_would(place, whole):
                __file__, *flags(place, "ranks")]
     here = os.path.dirname(os.path.abspath(mcts.__file__))
     environment = {**os.environ, "PYTHONPATH": here, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert sorted(read(f"{place}/ranks").decode().splitlines()) == sorted(whole)
     assert done.stdout.count("9 searches in") == 1

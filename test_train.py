@@ -203,7 +203,7 @@ def start(*command):
 
 def finish(process, status=0):
     """What the process said. It must end with this status; None is any."""
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=600)
     assert status is None or process.returncode == status, output
     return output
 

@@ -162,7 +162,7 @@ chosen_rate() {
 running=()
 beside() {
     while [ "$(jobs -rp | wc -l)" -ge "$JOBS" ]; do sleep 1; done
-    (trap stop TERM INT; trap - EXIT; "$@") &
+    (trap stop TERM INT; "$@") &
     running+=($!)
 }
 
