@@ -1076,8 +1076,8 @@ def test_max_tokens_ends_a_run(world):
 
 
 @pytest.mark.parametrize("place, step", [("score", 0), ("rollout", 1)])
-def test_told_to_stop_it_saves(world, whole, monkeypatch, capsys, place, step):
-    """SIGTERM in the first evaluation, or in the first step, which is finished."""
+def test_told_to_stop_it_saves(world, whole, monkeypatch, capfd, place, step):
+    """SIGTERM in the first evaluation, or in the first step, which is finished. It says so."""
     owner = dict(score=evaluate, rollout=train)[place]
     real = getattr(owner, place)
 
@@ -1094,7 +1094,9 @@ def test_told_to_stop_it_saves(world, whole, monkeypatch, capsys, place, step):
             status = end.code
     gc.collect()
     assert status == 143
-    assert f"stopped after step {step}, which is saved" in capsys.readouterr().out
+    said = capfd.readouterr()
+    assert f"stopped after step {step}, which is saved" in said.out
+    assert said.err.count("told to stop") == 1
     here(world, f"told_{place}", "--save_every", 0, "--resume")
     same_run(whole, world / f"told_{place}")
 
@@ -1107,6 +1109,7 @@ def test_a_folder_that_is_not_empty_is_refused(world, whole):
         here(world, "whole")
     assert before == {name: (whole / name).read_bytes() for name in before}
     (world / "empty").mkdir()
+    (world / "empty/scores.jsonl.lock").touch()  # evaluate.py was given an adapter too early
     here(world, "empty", "--steps", 1, "--eval_every", 0)
 
 
@@ -1150,6 +1153,9 @@ def test_resuming_with_other_held_out_problems_is_refused(world):
         here(world, "held_out", *flags, "--eval_every", 1, "--resume")
     gc.collect()
     here(world, "held_out", *flags, "--eval_every", 0, "--resume")
+    rows = map(json.loads, (world / "held_out/log.jsonl").read_text().splitlines())
+    evaluated = [row["step"] for row in rows if "eval_accuracy" in row]
+    assert evaluated == [0, 1]  # what is not measured again is not lost
 
 
 def test_a_folder_of_something_else_is_left_alone(world):
@@ -1292,8 +1298,13 @@ def test_resuming_with_the_new_flag_of_a_fork(world, whole, monkeypatch):
     def more_flags(parser):
         add_flags(parser)
         parser.add_argument("--flavour", default="plain", help="of a fork")
+        parser.add_argument("--spice", type=int, default=train.argparse.SUPPRESS, help="likewise")
     monkeypatch.setattr(train, "add_flags", more_flags)
+    for preset in train.PRESETS.values():
+        monkeypatch.setitem(preset, "spice", 3)
     here(world, "whole", "--resume")
+    with pytest.raises(InputError, match="--spice 3, not 4"):
+        here(world, "whole", "--resume", "--spice", 4)
     with pytest.raises(InputError, match="--flavour plain, not other"):
         here(world, "whole", "--resume", "--flavour", "other")
 

@@ -48,7 +48,8 @@ EXAMPLES = """examples:
   python train.py --resume                                    go on where that run was stopped
   python train.py --group question --baseline grpo            GRPO, for comparison
   python train.py --objective sft --trees traces.jsonl        learn worked solutions by heart
-  python train.py --teacher data/arithmetic/teacher --distill_coef 0.1        Tree-OPO + KL
+  python train.py --teacher data/arithmetic/teacher --distill_coef 0.1 --out out/kl
+                                                              Tree-OPO + KL
   python train.py --group question --reward teacher --teacher data/arithmetic/teacher
                                                               REINFORCE with the teacher's reward
   torchrun --nproc_per_node 8 train.py --preset paper --trees out/gsm8k_trees.jsonl
@@ -82,7 +83,7 @@ MAY_DIFFER = (            # flags that --resume may change; of files the content
 
 count = at_least(1)  # types of flags
 whole = at_least(0)
-share = at_least(0, float, high=1)
+fraction = at_least(0, float, high=1)
 positive = at_least(1e-12, float)
 
 
@@ -92,7 +93,7 @@ def add_flags(parser):
         return parser.add_argument_group(title, sentence).add_argument
 
     def preset(name, kind, text):
-        values = " | ".join(str(preset[name]) for preset in PRESETS.values())
+        values = " | ".join(str(defaults[name]) for defaults in PRESETS.values())
         add(f"--{name}", type=kind, default=argparse.SUPPRESS, help=f"{text} ({values})")
 
     add = group("model", "What learns: LoRA on a causal language model.")
@@ -112,7 +113,7 @@ def add_flags(parser):
     add("--group", choices=("question", "trace", "tree"), default="tree", help="of prefixes")
     add("--baseline", choices=advantage.ESTIMATORS, default=argparse.SUPPRESS, metavar="NAME",
         help=f"expectation, or one of {', '.join(advantage.ESTIMATORS)}")
-    preset("alpha", share, "weight of V(prefix) in the advantage")
+    preset("alpha", fraction, "weight of V(prefix) in the advantage")
     add("--mc_rollouts", type=count, default=4, help="completions a prefix for --baseline mc")
     add("--no_root", action="store_true", help="leave the bare question out of the prefixes")
     preset("group_size", count, "samples that are compared with each other")
@@ -134,7 +135,7 @@ def add_flags(parser):
         help="who writes the completions; the teacher's are weighted")
     add("--critic", help="a decoder; with a value head it replaces --baseline by GAE over steps")
     preset("critic_warmup", whole, "passes over the first batch in which only the critic learns")
-    add("--gae_lambda", type=share, default=0.95, help="1: REINFORCE with a baseline; 0: TD(0)")
+    add("--gae_lambda", type=fraction, default=0.95, help="1: REINFORCE with a baseline; 0: TD(0)")
     add = group("optimisation", "How long, how fast, and how often it reports.")
     preset("steps", count, "updates")
     add("--max_tokens", type=whole, default=0, help="end after so many generated tokens, not steps")
@@ -172,10 +173,10 @@ def parse_args(argv=None):
     return args
 
 
-def check_flags(args, given):
+def check_flags(args, named):
     """InputError where flags contradict each other, do nothing, or leave nothing to learn from.
 
-    given   the names of the flags on the command line
+    named   the flags on the command line
     """
     def refuse(wrong, sentence):
         if wrong:
@@ -188,11 +189,11 @@ def check_flags(args, given):
            f"--batch_size {args.batch_size} is no multiple of --group_size {args.group_size}.")
     refuse(not sft and compares and args.group_size == 1,
            "--group_size 1 compares a sample with nothing; expected 2 or more.")
-    refuse("baseline" in given and not compares,
+    refuse("baseline" in named and not compares,
            "--baseline compares task rewards; --critic and other --reward do not. Leave one out.")
     refuse(args.critic and (sft or args.reward == "none"),
            "--critic has nothing to predict; expected --reward task or teacher.")
-    refuse(sft and (args.teacher or args.kl_coef or args.epochs > 1 or "baseline" in given),
+    refuse(sft and (args.teacher or args.kl_coef or args.epochs > 1 or "baseline" in named),
            "--objective sft takes no --teacher, --kl_coef, --epochs or --baseline.")
     refuse((wants_teacher or args.teacher_adapter) and not args.teacher,
            "--distill_coef, --teacher_adapter and --reward or --behaviour teacher need --teacher.")
@@ -203,11 +204,11 @@ def check_flags(args, given):
     refuse(args.behaviour == "teacher"
            and (not compares or args.epochs > 1 or args.baseline == "mc"),
            "--behaviour teacher takes no --critic, --epochs, --baseline mc or other --reward.")
-    refuse(args.adapter and {"lora_rank", "lora_alpha", "lora_dropout"} & set(given),
+    refuse(args.adapter and {"lora_rank", "lora_alpha", "lora_dropout"} & set(named),
            "--adapter is trained as it is; --lora_rank, --lora_alpha, --lora_dropout do nothing.")
     refuse(args.kl_coef and not args.lora_rank,
            "--kl_coef compares with the student without its adapter; --lora_rank 0 has none.")
-    refuse(not args.lora_rank and {"lora_alpha", "lora_dropout", "dtype"} & set(given),
+    refuse(not args.lora_rank and {"lora_alpha", "lora_dropout", "dtype"} & set(named),
            "--lora_rank 0 trains all weights in float32; --lora_alpha, --lora_dropout and --dtype "
            "do nothing.")
     has_v = compares and args.baseline not in advantage.WITHOUT_V
@@ -215,7 +216,7 @@ def check_flags(args, given):
                 no_root=args.group != "question", kl=args.distill_coef,
                 critic_warmup=args.critic, gae_lambda=args.critic)  # and none of them by sft
     for name, is_used in used.items():
-        refuse(name in given and (sft or not is_used), f"--{name} does nothing here; leave it out.")
+        refuse(name in named and (sft or not is_used), f"--{name} does nothing here; leave it out.")
 
 
 # ---- Records -------------------------------------------------------------------------------------
@@ -272,8 +273,9 @@ class Run:
         """How much of the run is done, from 0 to 1 and, with --max_tokens, a little over."""
         return self.tokens / args.max_tokens if args.max_tokens else self.step / args.steps
 
-    def lr_share(self, args):
-        """The next step's share of the peak learning rate: a linear warm-up, then a cosine to 0."""
+    def lr_factor(self, args):
+        """The next step's learning rate over its peak: a linear warm-up, then a cosine to 0. With
+        --max_tokens, --steps is no more than the unit of the warm-up."""
         step = self.done(args) * args.steps + 1
         warmup = max(1, round(WARMUP * args.steps))
         if step < warmup:
@@ -285,6 +287,13 @@ class Run:
         """This rank's part of a list that all ranks have: neighbours, which share prefixes."""
         start = len(items) * self.rank // self.world
         return items[start:len(items) * (self.rank + 1) // self.world]
+
+
+def is_evaluated(run, args):
+    """Whether the student is scored where the run stands: now and then, and at both ends."""
+    if not args.eval_every:
+        return False
+    return run.done(args) >= 1 or run.step % args.eval_every == 0
 
 
 # ---- Roll out: prefixes, completions, rewards ----------------------------------------------------
@@ -552,7 +561,7 @@ def optimiser_step(run, samples, args, warm_up=False):
     steps = sum(len(s.steps or ()) for s in samples)
     scale = Scale(1 / args.batch_size, 1 / tokens, 1 / max(steps, 1))
     if args.objective == "sft":
-        scale = Scale(1 / tokens)  # cross entropy is a mean over tokens
+        scale = Scale(sample=1 / tokens)  # cross entropy is a mean over tokens
     mine = run.share(samples)
 
     def gradient(micro_tokens):
@@ -570,7 +579,7 @@ def optimiser_step(run, samples, args, warm_up=False):
     is_finite = all(map(math.isfinite, norms))
     if is_finite:
         for group in groups:
-            group["lr"] = group["peak_lr"] * (1 if warm_up else run.lr_share(args))
+            group["lr"] = group["peak_lr"] * (1 if warm_up else run.lr_factor(args))
         if warm_up:  # without a gradient AdamW leaves the student and its moments alone
             for p in groups[0]["params"]:
                 p.grad = None
@@ -598,7 +607,7 @@ def update(run, samples, args):
     steps = [optimiser_step(run, samples, args) for _ in range(args.epochs)]
     stats, norm, _ = steps[0]
     skipped = sum(not is_finite for _, _, is_finite in steps)
-    return stats, dict(lr=args.lr * run.lr_share(args), grad_norm=norm, skipped=skipped)
+    return stats, dict(lr=args.lr * run.lr_factor(args), grad_norm=norm, skipped=skipped)
 
 
 def lora_dropout(model, active):
@@ -629,12 +638,12 @@ def train(args):
     held = open_folder(args) if rank == 0 else None  # the folder's lock
     run, data, problems = set_up(args, rank, world, device)
     log = Log(run, data, args)
-    signals = stop_on_signals()
+    signals = stop_on_signals(rank)
     while True:
-        # 2. evaluate: before, after, and now and then, but no more once told to stop
+        # 2. evaluate, but no more once told to stop
         stop = any(gather(bool(signals)))
         last = run.done(args) >= 1
-        if problems and not stop and (last or run.step % args.eval_every == 0):
+        if not stop and is_evaluated(run, args):
             log.evaluation(problems)
             stop = not last and any(gather(bool(signals)))
         if stop or last:
@@ -761,14 +770,14 @@ def open_folder(args):
         raise InputError(f"--out {args.out} is no folder. Expected the name of one to make.")
     os.makedirs(args.out, exist_ok=True)
     held = lock(os.path.join(args.out, "log.jsonl"))
-    others = set(os.listdir(args.out)) - {"log.jsonl.lock"}
+    others = {name for name in os.listdir(args.out) if not name.endswith(".lock")}
     if others and not (args.resume and {"log.jsonl", "checkpoint"} & others):
         raise InputError(f"the folder {args.out} is not empty. Expected --resume to go on with a "
                          "run in it, another --out, or an empty folder.")
     return held
 
 
-def stop_on_signals():
+def stop_on_signals(rank):
     """A list that SIGTERM and Ctrl-C write to, for a loop that finishes its step before it ends. A
     second one ends it at once."""
     received = []
@@ -776,6 +785,8 @@ def stop_on_signals():
     def note(number, frame):
         received.append(number)
         signal.signal(number, signal.SIG_DFL)
+        if rank == 0:  # print would fail if it was what the signal broke into
+            os.write(2, b"told to stop: once this step is done and saved; again: at once\n")
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, note)
@@ -840,10 +851,9 @@ def find_checkpoint(args):
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path} is damaged ({error}); expected a checkpoint, or another --out "
                          "to start anew") from None
-    parser = arguments("")
-    add_flags(parser)
+    defaults = vars(parse_args(["--preset", args.preset]))
     for key, value in vars(args).items():
-        before = saved.get(key, parser.get_default(key))  # a fork may have a flag that is new
+        before = saved.get(key, defaults[key])  # a fork may have a flag that is new
         if key not in MAY_DIFFER and before != value:
             raise InputError(f"the checkpoint in {args.out} is of --{key} {before}, not "
                              f"{value}; expected the same settings, or another --out")
@@ -936,7 +946,8 @@ class Log:
             self.problems = [tree.problem for tree in data]
         if run.rank > 0:
             return
-        self.log = continue_log(args, "log.jsonl", run.step)
+        again = is_evaluated(run, args)
+        self.log = continue_log(args, "log.jsonl", run.step, again)
         self.rollouts = continue_log(args, "rollouts.jsonl", run.step)
         weights = list(run.models.student.parameters())
         learning = sum(p.numel() for p in weights if p.requires_grad)
@@ -988,7 +999,8 @@ class Log:
         if row["skipped"]:
             print("the gradient is not finite: this update is skipped")
         if row.get("dead") == 1 and row["grad_norm"] == 0:
-            print("every group is dead: equal rewards, nothing to learn from")
+            print("every group is dead: equal rewards, nothing to learn from; what still moves the "
+                  "weights is Adam's momentum")
         if row.get("gap", 0.0) > 1e-2 and not self.gap_said:
             self.gap_said = True
             print(f"sampler and trainer differ by {row['gap']:.2g} nat a token: the update is of "
@@ -997,7 +1009,7 @@ class Log:
         if run.step == 50 and not self.any_solved:
             print("nothing solved in 50 steps, which is nearly always the prompt or the grader: "
                   f"see {self.args.out}/rollouts.jsonl")
-        if run.step % ROLLOUTS_EVERY == 1:
+        if (run.step - 1) % ROLLOUTS_EVERY == 0:
             for s in samples:
                 problem = self.problems[s.tree] if self.problems else {}
                 line = dict(step=run.step, group=s.group, id=problem.get("id"), node=s.node,
@@ -1047,9 +1059,10 @@ class Log:
             print("accuracy before and after:", evaluate.compare(*map(evaluate.read_scores, paths)))
 
 
-def continue_log(args, name, step):
+def continue_log(args, name, step, evaluated_again=False):
     """A log opened to append. The lines of steps after the checkpoint are dropped, for those steps
-    are done again; so is what cannot be read, such as a line that a power cut tore."""
+    are done again, and so may the evaluation at the checkpoint be. So is what cannot be read, such
+    as a line that a power cut tore."""
     path = os.path.join(args.out, name)
     kept = []
     if os.path.exists(path):
@@ -1057,7 +1070,7 @@ def continue_log(args, name, step):
             for number, line in enumerate(lines, 1):
                 try:
                     row = json.loads(line)
-                    again = "eval_accuracy" in row and row["step"] == step
+                    again = evaluated_again and "eval_accuracy" in row and row["step"] == step
                     if row["step"] <= step and not again:
                         kept.append(row)
                 except (ValueError, KeyError, TypeError):

@@ -411,7 +411,7 @@ def make_world(folder, seed):
         tree.write_jsonl(f"{folder}/{name}.jsonl", rows)
     make_model(f"{folder}/init", seed)
     folder = shlex.quote(folder)
-    sft = (f"train.py --objective sft --lora_rank 0 --group_size 1 --eval_every 0 --save_every 0 "
+    sft = (f"train.py --objective sft --lora_rank 0 --eval_every 0 --save_every 0 "
            f"--seed {seed}")
     search = f"mcts.py --model {folder}/teacher --max_new_tokens 128 --seed {seed}"
     commands = [

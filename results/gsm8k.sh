@@ -8,9 +8,10 @@
 #
 # The teacher is the data set: its published solutions are the trees, each an unbranched chain.
 #
-# A part that was stopped goes on where it was, one that is done is not run again. All that it makes
-# is in $OUT, beside it its settings and the seconds that each part took; what is found is in
-# results/gsm8k.jsonl and results/gradients.jsonl.
+# A part that was stopped goes on where it was, one that is done is not run again, but for the last
+# three, to which SEEDS and TEST_PROBLEMS may add. All that it makes is in $OUT, beside it its
+# settings and the seconds that each part took; what is found is in results/gsm8k.jsonl and
+# results/gradients.jsonl.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 
@@ -111,7 +112,9 @@ part_final() {
 }
 
 train_final() {
-    train_arm final "$1" "$(chosen_rate "$1")" "$2"
+    local rate
+    rate=$(chosen_rate "$1")
+    train_arm final "$1" "$rate" "$2"
 }
 
 # The test is touched here alone.
@@ -126,7 +129,9 @@ part_score() {
 }
 
 score_final() {
-    score "$OUT/final_$1_$(chosen_rate "$1")_$2" "$data/test.jsonl" "$TEST_PROBLEMS"
+    local rate
+    rate=$(chosen_rate "$1")
+    score "$OUT/final_$1_${rate}_$2" "$data/test.jsonl" "$TEST_PROBLEMS"
 }
 
 part_table() {
@@ -161,7 +166,7 @@ chosen_rate() {
 # beside COMMAND...: run it in the background, once fewer than JOBS are at work
 running=()
 beside() {
-    while [ "$(jobs -rp | wc -l)" -ge "$JOBS" ]; do sleep 1; done
+    while [ "$(jobs -rp | wc -l)" -ge "$((JOBS > 0 ? JOBS : 1))" ]; do sleep 1; done
     (trap stop TERM INT; "$@") &
     running+=($!)
 }
@@ -210,7 +215,7 @@ need() {
 
 part=
 for name in "$@"; do
-    if [ "$name" != score ] && [ "$name" != table ] && [ -e "$OUT/$name.done" ]; then
+    if [[ " final score table " != *" $name "* ]] && [ -e "$OUT/$name.done" ]; then
         echo "== $name is done"
         continue
     fi
